@@ -288,7 +288,7 @@ def locate(name, folder):
     return None
 
 
-def load(name="synthetic", folder="data", mirrors=MIRRORS):
+def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     """Data set by name -> Dataset.
 
     `synthetic`: 1000 + 4000 series of the TwoPatterns process, the same whatever the seed.
@@ -324,8 +324,9 @@ def load(name="synthetic", folder="data", mirrors=MIRRORS):
     else:
         y_train = y_test = None
     x_train, x_test, mean, std = (
-        torch.tensor(v).float() for v in ((x_train - mean) / std, (x_test - mean) / std, mean, std)
+        torch.tensor(v).float().to(device) for v in ((x_train - mean) / std, (x_test - mean) / std, mean, std)
     )
+    y_train, y_test = (y if y is None else y.to(device) for y in (y_train, y_test))
     return Dataset(x_train, y_train, x_test, y_test, classes, mean, std)
 
 
@@ -480,6 +481,87 @@ def load_checkpoint(path, stage):
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
     raise ValueError(f"{path}: not a stage-{stage} checkpoint of these scripts ({reason})")
+
+
+def state_of(parts, stage, epoch, args, arguments):
+    """A checkpoint in plain types: parts {name: module, optimiser, ...}, flags, constructor
+    arguments, epochs done and the random state.
+    """
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "device")}
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    state = {name: part.state_dict() for name, part in parts.items()}
+    return state | {"stage": stage, "epoch": epoch, "flags": flags, "arguments": arguments,
+                    "rng": rng}
+
+
+def resume(parser, args, run, stage):
+    """The run's checkpoint when --resume is given, else None; and the flags to go on with.
+
+    Flags not given take the checkpoint's values; those given must agree with it. Without --resume
+    a checkpoint in the way is refused.
+    """
+    path = run / f"stage{stage}.pt"
+    if not args.resume:
+        if path.exists():
+            raise ValueError(f"{path} exists; go on with it by --resume, or choose another --run")
+        return args, None
+    state = load_checkpoint(path, stage)
+    parser.set_defaults(**state["flags"])
+    args = parser.parse_args()
+    for name, value in state["flags"].items():
+        if name != "save_every" and getattr(args, name) != value:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} {getattr(args, name)} contradicts {path}, made with {value}")
+    if state["epoch"] == args.epochs:
+        print(f"{path}: all {args.epochs} epochs are done")
+    return args, state
+
+
+def restore(parts, state):
+    """Load a checkpoint into its parts and the random state; returns the number of epochs done."""
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return state["epoch"]
+
+
+def rebuild(kind, state, part, device):
+    """The model of a checkpoint, in eval mode and frozen: kind(**arguments) with its weights."""
+    prefix = f"{part}."
+    weights = state.get(part) or {k.removeprefix(prefix): v for k, v in state["trained"].items()
+                                  if k.startswith(prefix)}
+    model = kind(**state["arguments"]).to(device)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def load_again(stage1, device):
+    """The data set that a stage-1 checkpoint was trained on."""
+    d = load(stage1["flags"]["dataset"], stage1["flags"]["data_dir"], device)
+    if d.x_train.shape[1:] != (stage1["arguments"]["C"], stage1["arguments"]["L"]):
+        raise ValueError(f"{stage1['flags']['dataset']} has changed shape since stage 1")
+    return d
+
+
+def finite_means(losses, names, epoch, run):
+    """Means of an epoch's losses, a list of (terms,) tensors, by name: the epoch's one wait for the
+    device. ValueError naming the first term that is not finite, and its step.
+    """
+    values = torch.stack(losses).cpu()  # (steps,terms)
+    broken = (~values.isfinite()).nonzero()
+    if len(broken):
+        step, term = broken[0].tolist()
+        raise ValueError(
+            f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
+            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data"
+        )
+    return dict(zip(names, values.mean(0).tolist()))
 
 
 def start_log(path, n_epochs):

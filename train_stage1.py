@@ -1,17 +1,21 @@
 """Stage 1: a VQ-VAE whose code book is shaped by a joint-embedding SSL loss (thesis 0.3).
 
-x -> u -> z -> z_q -> u^, x^, and beside it two views -> Y1, Y2 -> Z1, Z2 -> SSL loss.
+x -> u -> z -> z_q -> u^, x^ is the autoencoder. Two views of x, encoded beside it, give Y1, Y2 and
+through the projector Z1, Z2, which the SSL loss compares.
 
     python train_stage1.py --ssl vbcreg
 
 Leaves in the run folder: stage1.pt, stage1.jsonl (a line an epoch), metrics.json and pictures.
+Notation as in vqvae.py and ssl_losses.py.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -21,27 +25,252 @@ from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
-SSL_WEIGHT = {"none": 0.0, "barlow": 1.0, "vicreg": 0.1, "vbcreg": 0.03}
-RECONSTRUCT_VIEW = 0.1  # weight of the augmented view's reconstruction
+SSL_WEIGHTS = {"none": 0.0, "barlow": 1.0, "vicreg": 0.1, "vbcreg": 0.1}
+VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
+
+
+def flags():
+    """The command line, one hyperparameter a line."""
+    parser = argparse.ArgumentParser(description="Train the VQ-VAE and its code book (stage 1).")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="synthetic", help="synthetic, a UCR name, or a path to an .npz")
+    add("--data-dir", default="data", help="where UCR files are, or are put when downloaded")
+    add("--augment", nargs="+", choices=data.AUGMENTATIONS, metavar="NAME",
+        default=["window_warp", "amplitude_resize"],
+        help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
+        "(default: window_warp amplitude_resize)")
+    add = parser.add_argument_group("model").add_argument
+    add("--codebook-size", type=data.number(int, 2, 65536), default=32, help="K (default 32)")
+    add = parser.add_argument_group("SSL").add_argument
+    add("--ssl", choices=SSL_WEIGHTS, default="vbcreg", type=lambda s: s.replace("vib", "vb"),
+        help="loss on the two views; vibcreg is another name of vbcreg (default vbcreg)")
+    add("--ssl-weight", type=data.number(float, 0), help=f"w_ssl (default by loss: {SSL_WEIGHTS})")
+    add("--views", type=int, choices=(1, 2), default=1,
+        help="1 compares x with a view of it, 2 two views with each other (default 1)")
+    add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
+        help="F, a multiple of 64 (default 1024; published 4096)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=data.number(int, 1), default=150, help="default 150; the thesis has 1000")
+    add("--batch-size", type=data.number(int, 2), default=128, help="B (default 128)")
+    add("--lr", type=data.number(float, 0, 1), default=3e-3, help="AdamW (default 3e-3)")
+    group = data.run_flags(parser)
+    group.add_argument("--resume", action="store_true", help="go on from the run's stage1.pt")
+    group.add_argument("--save-every", type=data.number(int, 1), default=10, metavar="EPOCHS",
+                       help="epochs between checkpoints (default 10)")
+    return parser
 
 
 def stage1_losses(model, project, x, args):
-    """All weighted loss terms of a batch x (B,C,L) by name, and its tokens s."""
-    views = []
-    if args.ssl != "none":
-        views = [data.augment(x, args.augment) for _ in range(args.views)]
-    z = model.encode(torch.cat([x, *views]))
-    z, z_view = (z[:-len(x)], z[-len(x):]) if views else (z, z[:0])
-    z_q, s, commitment = model.quantiser(z)
-    x_hat, u_hat = model.decode(torch.cat([z_q[: len(x)], z_view]))
-
+    """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N)."""
     B = len(x)
+    views = [data.augment(x, args.augment) for _ in range(args.views if project else 0)]
+    z = model.encode(torch.cat([x, *views]))
+    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
+    z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
+    x_hat, u_hat = model.decode(torch.cat([z_q[:B], z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
     if views:
-        terms["view_x"] = RECONSTRUCT_VIEW * F.mse_loss(x_hat[B:], views[-1])
-        terms["view_u"] = RECONSTRUCT_VIEW * F.mse_loss(u_hat[B:], model.stft(views[-1]))
+        terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
+        terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
+        # straight-through, the SSL gradient of the first view reaches z by way of its codes
         Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
-            terms[f"{args.ssl}_{name}"] = args.ssl_weight * term
+            terms[name] = args.ssl_weight * term
     return terms, s[:B]
+
+
+@torch.no_grad()
+def represent(model, x):
+    """x (B,C,L) -> x^ (B,C,L), average-pooled z_q (B,D), tokens s (B,N), in eval mode."""
+    parts = []
+    for rows in x.split(500):
+        z_q, s, _ = model.quantiser(model.encode(rows))
+        parts.append((model.decode(z_q)[0], z_q.mean((2, 3)), s))
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def nearest_neighbours(Y_train, y_train, Y_test, k=5):
+    """Labels by majority of the k nearest training rows (fewer if there are fewer)."""
+    k = min(k, len(Y_train))
+    neighbours = torch.cdist(Y_test, Y_train).topk(k, largest=False).indices
+    return F.one_hot(y_train[neighbours]).sum(1).argmax(1)
+
+
+def linear_probe(Y_train, y_train, Y_test, C=1.0):
+    """Labels by a linear support vector machine, one class against the rest, on (rows,D) features.
+
+    Minimises ||W||^2 / 2 + C sum relu(1 - t f(Y))^2 by L-BFGS to convergence.
+    """
+    Y_train, Y_test = (F.pad(Y, (0, 1), value=1.0) for Y in (Y_train, Y_test))  # bias column
+    t = 2.0 * F.one_hot(y_train) - 1  # (rows,classes), +1 or -1
+    W = torch.zeros(Y_train.shape[1], t.shape[1], device=t.device, requires_grad=True)
+    solver = torch.optim.LBFGS([W], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        loss = W.square().sum() / 2 + C * torch.relu(1 - t * (Y_train @ W)).square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return (Y_test @ W).argmax(1)
+
+
+def evaluate(model, d, K):
+    """Figures of the trained code book on the test split; the probes learn on the train split."""
+    x_hat, Y, s = represent(model, d.x_test)
+    x_hat_train, Y_train, s_train = represent(model, d.x_train)
+    counts = torch.bincount(s.flatten(), minlength=K).float()
+    metrics = {
+        "test_mse": F.mse_loss(x_hat, d.x_test).item(),
+        "train_mse": F.mse_loss(x_hat_train, d.x_train).item(),
+        "perplexity": perplexity(counts).item(),
+        "codes_used": (counts > 0).float().mean().item(),
+    }
+    if d.classes:
+        low, high = Y_train.amin(0), Y_train.amax(0)
+        Y_train, Y = (2 * (v - low) / (high - low).clamp_min(1e-8) - 1 for v in (Y_train, Y))
+        for name, classify in (("linear_probe", linear_probe), ("knn", nearest_neighbours)):
+            metrics[name] = (classify(Y_train, d.y_train, Y) == d.y_test).float().mean().item()
+    return metrics
+
+
+def draw_reconstructions(run, model, d):
+    """One row a class, originals in grey below their reconstructions; train left, test right."""
+    rows = max(1, len(d.classes))
+    figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
+    for column, (split, x, y) in enumerate(
+        (("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test))
+    ):
+        for c in range(rows):
+            axis = figure.add_subplot(rows, 2, 2 * c + column + 1)
+            of_class = x[y == c] if d.classes else x
+            if len(of_class):
+                axis.plot(of_class[0, 0].cpu(), color="0.6", lw=1, label="x")
+                x_hat = represent(model, of_class[:1])[0]
+                axis.plot(x_hat[0, 0].cpu(), color="C0", lw=1.2, label="x^")
+            axis.set_ylabel(f"class {d.classes[c]}" if d.classes else "")
+            axis.set_title(split if c == 0 else "", fontsize=10)
+    axis.legend(loc="upper right", fontsize=8)
+    axis.set_xlabel("time step")
+    data.save_figure(run, "reconstructions.png", figure)
+
+
+def draw_curves(run):
+    """Every loss term, and the use of the code book, over the epochs."""
+    log = data.read_log(run / "stage1.jsonl")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in [name for name in log if name not in ("epoch", "perplexity", "codes_used")]:
+        left.plot(log["epoch"], log[name], label=name, ls="--" if "view" in name else "-")
+    left.set(yscale="log", xlabel="epoch", ylabel="loss term (weighted)")
+    left.legend(fontsize=7)
+    right.plot(log["epoch"], log["perplexity"], color="C0", label="perplexity")
+    right.set(xlabel="epoch", ylabel="perplexity", ylim=(0, None))
+    share = right.twinx()
+    share.plot(log["epoch"], log["codes_used"], color="C1", label="share of codes in use")
+    share.set(ylabel="share of codes in use", ylim=(0, 1.05))
+    figure.legend(loc="lower right", fontsize=8, ncols=2)
+    data.save_figure(run, "stage1.png", figure)
+
+
+def draw_codebook(run, model, x, K):
+    """How often each code is chosen over the training split, most used first."""
+    counts = torch.bincount(represent(model, x)[2].flatten(), minlength=K).float().cpu()
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(K), (counts / counts.sum()).sort(descending=True).values, width=0.9)
+    axis.axhline(1 / K, color="0.5", ls=":", label="all alike")
+    axis.set(xlabel="code, by rank", ylabel="share of tokens",
+             title=f"perplexity {perplexity(counts):.1f} of {K}")
+    axis.legend()
+    data.save_figure(run, "codebook.png", figure)
+
+
+def draw_views(run, x, names):
+    """One series and two draws of every augmentation in use, and of their sequence."""
+    rows = [*([name] for name in names), *([names] if len(names) > 1 else [])]
+    figure = Figure(figsize=(9, 1.3 * len(rows) + 0.6), layout="constrained")
+    for axis, row in zip(figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0], rows):
+        axis.plot(x[0, 0].cpu(), color="0.6", lw=1, label="x")
+        for i in range(2):
+            axis.plot(data.augment(x[:1], row)[0, 0].cpu(), color=f"C{i}", lw=1, label=f"view {i + 1}")
+        axis.set_title(", then ".join(row), fontsize=9)
+    axis.set_xlabel("time step")
+    axis.legend(loc="upper right", fontsize=8, ncols=3)
+    data.save_figure(run, "views.png", figure)
+
+
+def draw_classes(run, model, d, title):
+    """Pooled z_q of the test split on its first two principal components, a colour a class."""
+    Y = represent(model, d.x_test[:1000])[1].cpu()
+    plane = (Y - Y.mean(0)) @ torch.pca_lowrank(Y, 2)[2]
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for c, name in enumerate(d.classes):
+        points = plane[(d.y_test[:1000] == c).cpu()]
+        axis.scatter(*points.T, s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
+    axis.set(xlabel="first component", ylabel="second component", title=title)
+    axis.legend(fontsize=7)
+    data.save_figure(run, "classes.png", figure)
+
+
+if __name__ == "__main__":
+    parser = flags()
+    args = parser.parse_args()
+    run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
+    device = data.begin(args)
+    args, state = data.resume(parser, args, run, stage=1)
+    args.ssl_weight = SSL_WEIGHTS[args.ssl] if args.ssl_weight is None else args.ssl_weight
+    stop = data.watch_signals()
+
+    d = data.load(args.dataset, args.data_dir, device=device)
+    n, C, L = d.x_train.shape
+    B = min(args.batch_size, n)
+    n_steps = n // B  # an epoch; a smaller last batch is left out, the order is new every epoch
+
+    arguments = dict(L=L, C=C, D=64, K=args.codebook_size)
+    model = VQVAE(**arguments).to(device, memory_format=torch.channels_last)
+    project = None
+    if args.ssl != "none":
+        project = projector(arguments["D"], args.proj_dim, args.ssl == "vbcreg").to(device)
+    trained = nn.ModuleDict({"model": model} | ({"project": project} if project else {}))
+    optimiser = torch.optim.AdamW(trained.parameters(), args.lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs * n_steps)
+    parts = {"trained": trained, "optimiser": optimiser, "schedule": schedule}
+    first_epoch = data.restore(parts, state)
+    data.start_log(run / "stage1.jsonl", first_epoch)
+
+    began = time.perf_counter()
+    for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
+        losses, counts = [], torch.zeros(args.codebook_size, device=device)
+        for rows in torch.randperm(n, device=device)[: n_steps * B].split(B):
+            terms, s = stage1_losses(model, project, d.x_train[rows], args)
+            optimiser.zero_grad()
+            sum(terms.values()).backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(torch.stack(list(terms.values())).detach())
+            counts += F.one_hot(s, args.codebook_size).sum((0, 1))
+        means = data.finite_means(losses, list(terms), epoch, run)
+        record = means | {"perplexity": perplexity(counts).item(),
+                          "codes_used": (counts > 0).float().mean().item()}
+        data.append_line(run / "stage1.jsonl", {"epoch": epoch + 1} | record)
+        if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            data.save(run / "stage1.pt", data.state_of(parts, 1, epoch + 1, args, arguments))
+        if stop:
+            sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
+    seconds = (time.perf_counter() - began) / max(1, n_steps * (args.epochs - first_epoch))
+
+    model.eval()
+    metrics = evaluate(model, d, args.codebook_size)
+    metrics |= {"seconds_per_step": seconds, "peak_MiB": data.peak_memory(device)}
+    data.write_metrics(run, "stage1", metrics)
+    draw_curves(run)
+    draw_reconstructions(run, model, d)
+    draw_codebook(run, model, d.x_train, args.codebook_size)
+    draw_views(run, d.x_train, args.augment)
+    if d.classes:
+        draw_classes(run, model, d, f"--ssl {args.ssl}")
+    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")

@@ -1,0 +1,163 @@
+"""MaskGIT: a prior over token sequences, learned by filling in masked tokens (thesis 0.2).
+
+    SCHEDULES, mask_tokens    how much is masked, and where (thesis 0.2.1, 0.2.3)
+    masked_cross_entropy      the training loss
+    MaskGIT                   the bidirectional transformer
+    guided                    its logits under a class label, with guidance
+    decode                    iterative decoding of masked entries (thesis 0.2.2)
+    nll_bound                 how well a prior knows given sequences
+
+`decode` and `nll_bound` take a function s_M (B,N) -> logits (B,N,K), not a model.
+
+Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guidance), Uria et al.
+2014 (the any-order bound).
+
+Notation: B batch, N tokens, K codes; s tokens (B,N) in 0..K-1, s_M the same with masked entries set
+to [MASK], whose id is K; y class labels (B). Masks are True where their name says.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# gamma(r): share of the entries that is masked, from gamma(0) = 1 to gamma(1) = 0
+SCHEDULES = {
+    "cosine": lambda r: torch.cos(math.pi / 2 * r),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+    "cubic": lambda r: 1 - r**3,
+}
+
+
+def random_subset(n, N):
+    """A mask (B,N) that is True at n (B) random entries of each row."""
+    ranks = torch.rand(len(n), N, device=n.device).argsort(1).argsort(1)
+    return ranks < n[:, None]
+
+
+def mask_tokens(s, schedule="cosine"):
+    """is_masked (B,N) for training: ceil(gamma(r) N) random entries a row, r ~ U(0,1) per row.
+
+    With the cosine schedule a row has 2/pi of its entries masked on average (and up to 1/N more by
+    rounding up), never none.
+    """
+    B, N = s.shape
+    # NOTE(differs): two public code bases keep this share and mask the rest
+    n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp(1, N)
+    return random_subset(n_masked, N)
+
+
+def masked_cross_entropy(logits, s, is_masked):
+    """Mean K-way cross-entropy over the masked entries only: logits (B,N,K), s (B,N) -> scalar."""
+    # NOTE(differs): the thesis says binary cross-entropy, but an entry has K outcomes
+    losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")  # (B,N)
+    return losses.where(is_masked, 0).sum() / is_masked.sum()
+
+
+class MaskGIT(nn.Module):
+    """Bidirectional transformer over a class token and N tokens: s_M (B,N), y (B) -> (B,N,K).
+
+    K: codes. N: sequence length. n_classes: 0 for unlabelled data. Output logits are tied to the
+    token embedding. label_dropout: probability that a label is hidden from the model, in training
+    only, which is what makes guidance and unconditional sampling possible.
+    """
+
+    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, dropout=0.0,
+                 label_dropout=0.2):
+        super().__init__()
+        self.mask_id = K
+        self.no_class = n_classes
+        self.label_dropout = label_dropout
+        self.tokens = nn.Embedding(K + 1, width)
+        self.classes = nn.Embedding(n_classes + 1, width)
+        self.positions = nn.Parameter(torch.empty(N + 1, width))
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.Sequential(*(
+            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout, "gelu",
+                                       batch_first=True, norm_first=True)
+            for _ in range(n_layers)
+        ))
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(K))
+        for weight in (self.tokens.weight, self.classes.weight, self.positions):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, s_M, y=None):
+        if y is None:
+            y = torch.full_like(s_M[:, 0], self.no_class)
+        if self.training:
+            is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
+            y = y.masked_fill(is_hidden, self.no_class)
+        h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
+        h = self.norm(self.layers(self.dropout(h + self.positions)))[:, 1:]
+        return h @ self.tokens.weight[: self.mask_id].T + self.bias
+
+
+def guided(prior, y=None, scale=1.0):
+    """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
+
+    Scale 1 is the class-conditional model itself, 0 the unconditional one; above 1 the class
+    shows more and variety less. Without y the model is unconditional.
+    """
+    def logits_fn(s_M):
+        if y is None or scale == 1:
+            return prior(s_M, y)
+        both = torch.cat([y, torch.full_like(y, prior.no_class)])
+        l_class, l_null = prior(s_M.repeat(2, 1), both).chunk(2)
+        return l_null + scale * (l_class - l_null)
+
+    return logits_fn
+
+
+def gumbel_like(x):
+    """Standard Gumbel noise in the shape of x."""
+    return -torch.empty_like(x).exponential_().log()
+
+
+@torch.no_grad()
+def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1.0,
+           choice_temperature=4.0):
+    """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
+
+    Step t of T = n_steps draws every masked entry from its own distribution (softened by
+    temperature), scores each draw by its log-probability plus Gumbel noise times
+    choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest of the n entries that
+    were masked at first again. Known entries stay; at least one entry is settled a step.
+
+    Returns all canvases, (n_steps+1,B,N), s_M first; the last has no masked entry.
+    """
+    n_missing = (s_M == mask_id).sum(1, keepdim=True)  # (B,1)
+    canvases = [s_M]
+    for t in range(1, n_steps + 1):
+        r = torch.tensor(t / n_steps)
+        is_masked = s_M == mask_id
+        log_p = logits_fn(s_M).log_softmax(-1)
+        drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
+        score = log_p.gather(2, drawn[..., None])[..., 0]
+        score = score + choice_temperature * (1 - r) * gumbel_like(score)
+        score = score.masked_fill(~is_masked, math.inf)
+        n_left = (SCHEDULES[schedule](r) * n_missing + 1e-4).floor()
+        n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)
+        is_left = score.argsort(1).argsort(1) < n_left
+        s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
+        canvases.append(s_M)
+    return torch.stack(canvases)
+
+
+@torch.no_grad()
+def nll_bound(logits_fn, s, mask_id):
+    """Upper bound on -log p(s) of each row of s (B,N), in nats, from one random draw a row.
+
+    With n uniform on 1..N and n random entries masked, N/n times the summed cross-entropy of these
+    entries is, on average, the negative log-likelihood of generating one entry at a time, averaged
+    over all orders, which bounds that of the mixture of orders (Uria et al. 2014). A uniform prior
+    scores N log K whatever is drawn.
+    """
+    B, N = s.shape
+    n = torch.randint(1, N + 1, (B,), device=s.device)
+    is_masked = random_subset(n, N)
+    logits = logits_fn(s.masked_fill(is_masked, mask_id))
+    losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")
+    return losses.where(is_masked, 0).sum(1) * N / n

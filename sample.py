@@ -1,0 +1,282 @@
+"""Generate series: s_M -> s -> z_q -> x^ (thesis 0.2.2), and measure how good they are.
+
+    python sample.py
+    python sample.py --evaluate
+    python sample.py --impute 40:70
+
+Leaves in the run folder: samples.npz, samples.png, decoding.png, metrics.json; imputed.png.
+Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
+own training split; so their values compare with each other, not with those of other weights.
+"""
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import data
+from maskgit import SCHEDULES, MaskGIT, decode, guided
+from vqvae import VQVAE
+
+BATCH = 1000  # series decoded at once
+FCN_STEPS = 1000  # of batch 64
+
+
+def flags():
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Generate series from a trained run.")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--n", type=data.number(int, 1), default=1000, help="number of series (default 1000)")
+    add("--label", default="all", help="a class of the data set; all: each as often as in training "
+        "(default); none: unconditional")
+    add("--impute", metavar="START:END", help="instead, refill this stretch of n test series")
+    add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--prior", choices=("maskgit", "uniform"), default="maskgit",
+        help="uniform draws every token alike, as this part of the thesis did (default maskgit)")
+    add("--steps", type=data.number(int, 1), default=10, help="T (default 10)")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
+    add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
+    add("--choice-temperature", type=data.number(float, 0), default=4.0,
+        help="of the order in which entries are settled (default 4)")
+    add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
+    data.run_flags(parser)
+    return parser
+
+
+def draw_labels(label, d, n):
+    """Class indices (n) for --label, or None without a class."""
+    if label == "none" or not d.classes:
+        return None
+    if label != "all":
+        return torch.full((n,), d.classes.index(label), device=d.y_train.device)
+    share = torch.bincount(d.y_train, minlength=len(d.classes)).float()
+    return torch.multinomial(share, n, replacement=True).sort().values
+
+
+def generate(vqvae, prior, y, s_M, args):
+    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), first row's canvases."""
+    parts, K = [], len(vqvae.quantiser.codes)
+    for i in tqdm(range(0, len(s_M), BATCH), desc="decoding", leave=False):
+        logits_fn = lambda s: torch.zeros(*s.shape, K, device=s.device)
+        if prior is not None:
+            logits_fn = guided(prior, None if y is None else y[i : i + BATCH], args.guidance)
+        canvases = decode(logits_fn, s_M[i : i + BATCH], K, args.steps, args.schedule,
+                          args.temperature, args.choice_temperature)
+        with torch.no_grad():
+            parts.append((canvases[-1], vqvae.detokenise(canvases[-1]), canvases[:, :1]))
+    s, x, canvases = zip(*parts)
+    return torch.cat(s), torch.cat(x), canvases[0][:, 0]
+
+
+class FCN(nn.Module):
+    """Fully convolutional classifier (Wang et al. 2017): x (B,C,L) -> logits (B,classes).
+
+    `features` gives the pooled 128 channels before the last layer.
+    """
+
+    def __init__(self, C, n_classes):
+        super().__init__()
+        layers, inputs = [], C
+        for width, kernel in ((128, 8), (256, 5), (128, 3)):
+            layers += [nn.Conv1d(inputs, width, kernel, padding="same"), nn.BatchNorm1d(width)]
+            layers += [nn.ReLU()]
+            inputs = width
+        self.convolutions = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, n_classes)
+
+    def features(self, x):
+        return self.convolutions(x).mean(2)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def train_fcn(x, y, n_classes, name):
+    """An FCN trained on x (B,C,L), y (B), in eval mode."""
+    fcn = FCN(x.shape[1], n_classes).to(x.device)
+    optimiser = torch.optim.AdamW(fcn.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, FCN_STEPS)
+    for _ in tqdm(range(FCN_STEPS), desc=f"classifier on {name}", leave=False):
+        rows = torch.randint(len(x), (min(64, len(x)),), device=x.device)
+        optimiser.zero_grad()
+        F.cross_entropy(fcn(x[rows]), y[rows]).backward()
+        optimiser.step()
+        schedule.step()
+    return fcn.eval()
+
+
+@torch.no_grad()
+def in_batches(function, x):
+    """function(x) in batches, for a function of rows."""
+    return torch.cat([function(rows) for rows in x.split(500)])
+
+
+def frechet_distance(a, b):
+    """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
+
+    (Heusel et al. 2017.) tr (S_a S_b)^{1/2} is the sum of the roots of the eigenvalues of
+    S_a^{1/2} S_b S_a^{1/2}, which is symmetric: real also when features are rank-deficient.
+    """
+    a, b = a.double(), b.double()
+    S_a, S_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(S_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
+
+
+def inception_score(logits):
+    """exp of the mean KL of p(y|x) from p(y) (Salimans et al. 2016); 1..classes."""
+    log_p = logits.double().log_softmax(1)
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+    return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
+
+
+def nearest_distance(x, x_train):
+    """Mean distance of each x (B,C,L) to its nearest training series."""
+    nearest = lambda rows: torch.cdist(rows.flatten(1), x_train.flatten(1)).amin(1)
+    return in_batches(nearest, x).mean().item()
+
+
+def evaluate(vqvae, d, x, y):
+    """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
+
+    The real row is the best there is: FID of one half of the test split from the other, inception
+    score of the test split, accuracy of a classifier trained on the training split. The second row
+    is the best that the tokens allow: reconstructed test split; classifier trained on the
+    reconstructed training split. novelty: distance of generated series to their nearest training
+    series over the same of the reconstructed test split (1 as new as that, 0 copies).
+    """
+    rebuild = lambda v: in_batches(lambda rows: vqvae.detokenise(vqvae.tokenise(rows)), v)
+    x_rec, n_classes = rebuild(d.x_test), len(d.classes)
+    fcn = train_fcn(d.x_train, d.y_train, n_classes, "real")
+    real = in_batches(fcn.features, d.x_test)
+    halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
+    metrics = {}
+    for name, sample, train_x, train_y in (
+        ("real", d.x_test, d.x_train, d.y_train),
+        ("reconstructed", x_rec, rebuild(d.x_train), d.y_train),
+        ("generated", x, x, y),
+    ):
+        judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, name)
+        a, b = halves if name == "real" else (real, in_batches(fcn.features, sample))
+        is_right = in_batches(judge, d.x_test).argmax(1) == d.y_test
+        metrics[f"fid_{name}"] = frechet_distance(a, b)
+        metrics[f"inception_{name}"] = inception_score(in_batches(fcn, sample))
+        metrics[f"cas_{name}"] = is_right.float().mean().item()
+    metrics["novelty"] = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
+    return metrics
+
+
+def draw_samples(run, d, x, y):
+    """Real series (upper rows) above generated ones, the same axes, one column a class."""
+    columns = range(min(8, len(d.classes))) if y is not None else [None]
+    figure = Figure(figsize=(max(5, 2.6 * len(columns)), 6.5), layout="constrained")
+    axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
+    for column, c in enumerate(columns):
+        for half, (name, v, labels) in enumerate(
+            (("real", d.x_test, d.y_test), ("generated", x, y))
+        ):
+            rows = v if c is None else v[labels == c]
+            for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
+                axis = axes[3 * half + i, column]
+                axis.plot(row[0].cpu(), lw=1, color=("0.3", "C0")[half])
+                axes[3 * half + i, 0].set_ylabel(name, fontsize=9)
+        axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
+        axes[-1, column].set_xlabel("time step")
+    data.save_figure(run, "samples.png", figure)
+
+
+def draw_decoding(run, canvases, grid, K):
+    """The token grid of one series after each step: frequency upwards, time to the right."""
+    columns = min(6, len(canvases))
+    rows = math.ceil(len(canvases) / columns)
+    figure = Figure(figsize=(1.6 * columns, 1.4 * rows), layout="constrained")
+    for t, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axis.axis("off")
+        if t < len(canvases):
+            s = canvases[t].view(grid).cpu()
+            axis.imshow(np.ma.masked_equal(s, K), vmin=0, vmax=K - 1, origin="lower",
+                        cmap="viridis")
+            axis.set_title(f"step {t}: {(s == K).sum()} masked", fontsize=8)
+    data.save_figure(run, "decoding.png", figure)
+
+
+def impute(run, vqvae, prior, d, args, start, end, n_fillings=10):
+    """Refill x[start:end] of test series n_fillings times; returns errors against the truth."""
+    x = d.x_test[: args.n]
+    # the encoder sees far, so what is to be found must not be in its input: a straight line is
+    hidden = x.clone()
+    left, right = x[..., max(0, start - 1)], x[..., min(end, x.shape[-1] - 1)]
+    hidden[..., start:end] = torch.lerp(
+        *(v[..., None] for v in (left, right)), torch.linspace(0, 1, end - start, device=x.device)
+    )
+    s = in_batches(vqvae.tokenise, hidden)
+    H, W = vqvae.grid
+    column = torch.arange(W, device=x.device) * vqvae.L / W  # first sample of each column
+    is_touched = (column < end) & (column + vqvae.L / W > start)
+    s_M = s.masked_fill(is_touched.repeat(H), len(vqvae.quantiser.codes))
+    _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(n_fillings, 0), args)
+    filled = filled.view(len(x), n_fillings, *x.shape[1:])[..., start:end]
+    truth = x[..., start:end]
+    mse = lambda v: (v - truth).square().mean().item()
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for i, axis in enumerate(figure.subplots(4, 1, sharex=True)[: len(x)]):
+        t = torch.arange(start, end)
+        fillings = filled[i, :, 0].cpu()
+        axis.plot(x[i, 0].cpu(), color="0.6", lw=1, label="truth")
+        axis.plot(t, fillings.T, color="C0", lw=0.5)
+        axis.fill_between(t, *fillings.quantile(torch.tensor([0.1, 0.9]), 0), color="C0",
+                          alpha=0.25, label="10 % to 90 % of fillings")
+        axis.plot(t, fillings.mean(0), color="C1", label="their mean")
+        axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
+    axis.set_xlabel("time step")
+    axis.legend(fontsize=8, ncols=4)
+    data.save_figure(run, "imputed.png", figure)
+    return {"mse_one_filling": mse(filled[:, 0]), "mse_mean_filling": mse(filled.mean(1)),
+            "mse_straight_line": mse(hidden[..., start:end])}
+
+
+if __name__ == "__main__":
+    parser = flags()
+    args = parser.parse_args()
+    device = data.begin(args)
+    run = args.run or data.newest_run("stage2.pt" if args.prior == "maskgit" else "stage1.pt")
+    stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
+    vqvae = data.rebuild(VQVAE, stage1, "model", device)
+    d = data.load_again(stage1, device)
+    K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
+    prior = None
+    if args.prior == "maskgit":
+        stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
+        prior = data.rebuild(MaskGIT, stage2, "prior", device)
+    if args.label not in ("all", "none", *d.classes):
+        parser.error(f"--label {args.label}: the classes are {', '.join(d.classes) or 'none'}")
+
+    if args.impute:
+        start, end = (int(v) for v in args.impute.split(":"))
+        metrics = impute(run, vqvae, prior, d, args, start, end)
+        data.write_metrics(run, "imputed", metrics)
+    else:
+        began = time.perf_counter()
+        y = draw_labels(args.label, d, args.n)
+        s_M = torch.full((args.n, N), K, device=device)
+        s, x, canvases = generate(vqvae, prior, y, s_M, args)
+        metrics = {"series_per_second": args.n / (time.perf_counter() - began)}
+        names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
+        with data.replacing(run / "samples.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, x=(x * d.std + d.mean).cpu(), y=names, s=s.cpu())
+        draw_samples(run, d, x, y)
+        draw_decoding(run, canvases, vqvae.grid, K)
+        if args.evaluate:
+            metrics |= evaluate(vqvae, d, x, y)
+        data.write_metrics(run, "samples", metrics)
+    metrics["peak_MiB"] = data.peak_memory(device)
+    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")

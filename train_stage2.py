@@ -1,0 +1,142 @@
+"""Stage 2: a MaskGIT prior over the tokens of a trained stage 1 (thesis 0.2).
+
+x -> s once, by the frozen VQ-VAE; then s -> s_M -> logits, cross-entropy on the masked entries.
+
+    python train_stage2.py
+
+Leaves in the run folder: stage2.pt, stage2.jsonl (a line an epoch), metrics.json and stage2.png.
+Notation as in vqvae.py and maskgit.py.
+"""
+
+import argparse
+import math
+import sys
+import time
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import data
+from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
+from vqvae import VQVAE
+
+BOUND_DRAWS = 20  # per test series
+
+
+def flags():
+    """The command line, one hyperparameter a line."""
+    parser = argparse.ArgumentParser(description="Train the prior over tokens (stage 2).")
+    add = parser.add_argument_group("data").add_argument
+    add("--token-temperature", type=data.number(float, 0), default=0.0,
+        help="t > 0 draws tokens anew each epoch from softmax(-distance/t) (default 0: nearest)")
+    add = parser.add_argument_group("model").add_argument
+    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
+    add("--dropout", type=data.number(float, 0, 0.9), default=0.1, help="default 0.1")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=data.number(int, 1), default=240, help="default 240; the thesis has 1000")
+    add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
+    add("--lr", type=data.number(float, 0, 1), default=1e-3, help="AdamW, highest (default 1e-3)")
+    group = data.run_flags(parser)
+    group.add_argument("--resume", action="store_true", help="go on from the run's stage2.pt")
+    group.add_argument("--save-every", type=data.number(int, 1), default=10, metavar="EPOCHS",
+                       help="epochs between checkpoints (default 10)")
+    return parser
+
+
+@torch.no_grad()
+def distances(model, x):
+    """x (B,C,L) -> squared distance of every latent to every code, (B,N,K)."""
+    return torch.cat([model.quantiser.distances(model.encode(rows)) for rows in x.split(500)])
+
+
+def draw_tokens(distance, temperature):
+    """distance (B,N,K) -> s (B,N): the nearest code, or a draw from softmax(-distance/t)."""
+    if temperature == 0:
+        return distance.argmin(-1)
+    p = (-distance / temperature).softmax(-1)
+    return torch.multinomial(p.flatten(0, 1), 1).view(distance.shape[:2])
+
+
+def bound(prior, s, y):
+    """Mean of `nll_bound` over BOUND_DRAWS draws for each row of s, in nats a series."""
+    total = 0.0
+    for _ in range(BOUND_DRAWS):
+        for i in range(0, len(s), 1000):
+            logits_fn = guided(prior, None if y is None else y[i : i + 1000])
+            total += nll_bound(logits_fn, s[i : i + 1000], prior.mask_id).sum().item()
+    return total / BOUND_DRAWS / len(s)
+
+
+def draw_curves(run):
+    """Loss and accuracy on the masked tokens over the epochs."""
+    log = data.read_log(run / "stage2.jsonl")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(log["epoch"], log["loss"])
+    left.set(xlabel="epoch", ylabel="cross-entropy, nats a masked token")
+    right.plot(log["epoch"], log["accuracy"])
+    right.set(xlabel="epoch", ylabel="accuracy on masked tokens", ylim=(0, 1))
+    data.save_figure(run, "stage2.png", figure)
+
+
+if __name__ == "__main__":
+    parser = flags()
+    args = parser.parse_args()
+    device = data.begin(args)
+    run = args.run or data.newest_run("stage1.pt")
+    args, state = data.resume(parser, args, run, stage=2)
+    stop = data.watch_signals()
+
+    stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
+    vqvae = data.rebuild(VQVAE, stage1, "model", device)
+    d = data.load_again(stage1, device)
+    K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
+    distance = distances(vqvae, d.x_train)
+    n = len(distance)
+    B = min(args.batch_size, n)
+    n_steps = math.ceil(n / B)
+
+    arguments = dict(K=K, N=N, n_classes=len(d.classes), dropout=args.dropout)
+    prior = MaskGIT(**arguments).to(device)
+    optimiser = torch.optim.AdamW(prior.parameters(), args.lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.05, cycle_momentum=False
+    )
+    parts = {"prior": prior, "optimiser": optimiser, "schedule": schedule}
+    first_epoch = data.restore(parts, state)
+    data.start_log(run / "stage2.jsonl", first_epoch)
+
+    began = time.perf_counter()
+    for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
+        losses = []
+        s_train = draw_tokens(distance, args.token_temperature)
+        for rows in torch.randperm(n, device=device).split(B):
+            s, y = s_train[rows], d.y_train[rows] if d.classes else None
+            is_masked = mask_tokens(s, args.schedule)
+            logits = prior(s.masked_fill(is_masked, K), y)
+            loss = masked_cross_entropy(logits, s, is_masked)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            is_right = (logits.detach().argmax(-1) == s) & is_masked
+            losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum()]))
+        record = data.finite_means(losses, ["loss", "accuracy"], epoch, run)
+        data.append_line(run / "stage2.jsonl", {"epoch": epoch + 1} | record)
+        if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            data.save(run / "stage2.pt", data.state_of(parts, 2, epoch + 1, args, arguments))
+        if stop:
+            sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
+    seconds = (time.perf_counter() - began) / max(1, n_steps * (args.epochs - first_epoch))
+
+    prior.eval()
+    s_test = distances(vqvae, d.x_test).argmin(-1)
+    nats = bound(prior, s_test, d.y_test)
+    metrics = {"test_nats_per_series": nats, "test_nats_per_token": nats / N,
+               "uniform_nats_per_token": math.log(K), "seconds_per_step": seconds,
+               "peak_MiB": data.peak_memory(device)}
+    data.write_metrics(run, "stage2", metrics)
+    draw_curves(run)
+    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")
