@@ -6,8 +6,7 @@
     load                     any of these -> scaled tensors (Dataset)
     window_warp, amplitude_resize, slice_and_shuffle, gaussian_noise, augment
                              the views that SSL compares
-    number, prepare, newest_run, save, load_checkpoint, ...
-                             what the three scripts share: flags, checkpoints, logs, interruption
+    number ... cost          what the three scripts share: flags, checkpoints, logs, interruption
 
 Sources: Geurts 2002 (the TwoPatterns process, here re-derived from the UCR files); Dau et al. 2019
 (UCR archive); Iwana and Uchida 2021 (the augmentations).
@@ -16,15 +15,20 @@ Notation: B batch, C channels, L series length; x series (B,C,L), y labels (B).
 """
 
 import argparse
+import hashlib
+import http.client
 import io
 import json
+import math
 import os
 import pickle
 import resource
 import signal
 import sys
+import time
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,24 +90,24 @@ def two_patterns(n, generator, L=128):
 # ---- files --------------------------------------------------------------------------------------
 
 
-def parse(field, path, line):
-    """One number; '?' and NaN are missing values. ValueError naming file and line otherwise."""
+def numbered_lines(path):
+    """(number, line) of a text file's lines that are neither blank nor a # comment."""
     try:
-        value = float("nan" if field.strip() == "?" else field)
-    except ValueError:
-        raise ValueError(f"{path}, line {line}: {field.strip()[:40]!r} is no number") from None
-    if np.isinf(value):
-        raise ValueError(f"{path}, line {line}: an infinite value; remove or replace it")
-    return value
-
-
-def lines(path):
-    """Numbered lines of a text file that are not blank."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="strict")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file") from None
-    return [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line[0] != "#"]
+
+
+def parse(fields, where):
+    """Numbers of a row, '?' and NaN being missing values. ValueError that names file and line."""
+    try:
+        values = [float("nan" if field.strip() == "?" else field) for field in fields]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if any(map(math.isinf, values)):
+        raise ValueError(f"{where}: an infinite value; remove or replace it")
+    return values
 
 
 def read_table(path):
@@ -112,15 +116,14 @@ def read_table(path):
     Returns series, a list of (1,L) arrays, and their labels as strings.
     """
     series, labels = [], []
-    for i, line in lines(path):
-        fields = line.split()
-        if len(fields) < 2:
-            raise ValueError(f"{path}, line {i}: no values after the label; separate by tabs")
-        if series and len(fields) - 1 != series[0].shape[1]:
-            expected = series[0].shape[1]
-            raise ValueError(f"{path}, line {i}: {len(fields) - 1} values, {expected} above")
-        labels.append(fields[0])
-        series.append(np.array([[parse(f, path, i) for f in fields[1:]]]))
+    for i, line in numbered_lines(path):
+        label, *fields = line.split()
+        expected = series[0].shape[1] if series else max(1, len(fields))
+        if len(fields) != expected:
+            raise ValueError(f"{path}, line {i}: {len(fields)} values after the label, expected "
+                             f"{expected}, separated by tabs or spaces")
+        labels.append(label)
+        series.append(np.array([parse(fields, f"{path}, line {i}")]))
     return series, labels
 
 
@@ -131,32 +134,28 @@ def read_ts(path):
     A header that contradicts its data is refused.
     """
     header, series, labels = {}, [], []
-    rows = [(i, line) for i, line in lines(path) if not line.startswith("#")]
-    for i, line in rows:
+    for i, line in numbered_lines(path):
         if line.startswith("@"):
-            key, _, value = line[1:].partition(" ")
-            header[key.lower()] = value.split()
+            key, *values = line[1:].split()
+            header[key.lower()] = values
             continue
-        fields = line.split(":")
-        if header.get("classlabel", ["false"])[0].lower() == "true":
-            labels.append(fields.pop().strip())
-            if labels[-1] not in header["classlabel"][1:]:
-                raise ValueError(f"{path}, line {i}: label {labels[-1]!r} is not in @classLabel")
-        channels = [[parse(f, path, i) for f in channel.split(",")] for channel in fields]
-        sizes = {len(channel) for channel in channels}
-        if len(sizes) > 1:
-            raise ValueError(f"{path}, line {i}: channels of unequal lengths {sorted(sizes)}")
-        series.append(np.array(channels))
-        declared = [series[0].shape[1]] if header.get("equallength") == ["true"] else []
-        declared += [int(n) for n in header.get("serieslength", []) if n.isdigit()]
-        for size in declared:
-            if size != series[-1].shape[1]:
-                raise ValueError(
-                    f"{path}, line {i}: {series[-1].shape[1]} values, the header says {size}"
-                )
-        n_channels = 1 if header.get("univariate") == ["true"] else len(series[0])
-        if len(channels) != n_channels:
-            raise ValueError(f"{path}, line {i}: {len(channels)} channels, expected {n_channels}")
+        *channels, label = line.strip().split(":")
+        if header.get("classlabel", ["false"])[0] != "true":
+            channels.append(label)
+        elif label in header["classlabel"]:
+            labels.append(label)
+        else:
+            raise ValueError(f"{path}, line {i}: label {label!r} is not in @classLabel")
+        rows = [parse(channel.split(","), f"{path}, line {i}") for channel in channels]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"{path}, line {i}: no channels of one length")
+        series.append(np.array(rows))
+        C, L = (series[0] if header.get("equallength") == ["true"] else series[-1]).shape
+        C = 1 if header.get("univariate") == ["true"] else C
+        L = int(header.get("serieslength", [L])[0])
+        if series[-1].shape != (C, L):
+            raise ValueError(f"{path}, line {i}: {series[-1].shape[0]} channels of "
+                             f"{series[-1].shape[1]} values, but {C} of {L} by the header or above")
     return series, labels or None
 
 
@@ -168,8 +167,8 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{path}: not an .npz of plain arrays (no objects, no pickle)") from None
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path}: not an .npz of plain arrays (objects are not read)") from None
     splits = []
     for split in ("train", "test"):
         x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
@@ -179,31 +178,41 @@ def read_npz(path):
             raise ValueError(f"{path}: x_{split} must be finite numbers of shape (N,L) or (N,C,L)")
         if y is not None and y.shape != (len(x),):
             raise ValueError(f"{path}: y_{split} has shape {y.shape}, x_{split} {len(x)} rows")
-        x = np.asarray(x, np.float64).reshape(len(x), -1, x.shape[-1])
+        x = x.astype(np.float64).reshape(len(x), -1, x.shape[-1])
         splits.append((list(x), None if y is None else [str(label) for label in y]))
     return splits
 
 
-def fetch(name, folder, mirrors=MIRRORS, timeout=30):
-    """Download NAME.zip and put its NAME_TRAIN and NAME_TEST files (.ts or .txt) into folder/NAME.
+def locate(name, folder):
+    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder, or None."""
+    for ending in (".tsv", ".txt", ".ts"):
+        for place in (folder / name, folder):
+            pair = [place / f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
+            if all(path.is_file() for path in pair):
+                return pair
+    return None
 
-    Both are written beside their place, then renamed; only these two members are read. Raises
-    OSError that names every address tried when none of them serves such a zip.
+
+def fetch(name, folder, mirrors=MIRRORS, timeout=30):
+    """Download NAME.zip and put its NAME_TRAIN and NAME_TEST files into folder/NAME.
+
+    Only these two members are read; each appears whole or not at all. OSError that names every
+    address tried when none of them serves such a zip.
     """
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
         try:
             members = unpack(download(address, timeout), name)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            failures.append(f"{address} ({error})")
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
+            failures.append(f"{address} ({error or type(error).__name__})")
             continue
         for member, content in members.items():
             with replacing(folder / name / member) as path:
                 path.write_bytes(content)
         return
     raise OSError(
-        f"no data set {name!r} in {folder}, and no download: {'; '.join(failures)}. Check the "
-        f"spelling, or put {name}_TRAIN.tsv and {name}_TEST.tsv into {folder / name} by hand"
+        f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
+        f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"
     )
 
 
@@ -222,12 +231,12 @@ def download(address, timeout):
 
 
 def unpack(content, name):
-    """The two members wanted of a zip, {file name: bytes}; a path that climbs out is not one."""
+    """{file name: bytes} of a zip's two members; a name with a path that climbs out is not one."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for ending in (".ts", ".txt", ".tsv"):
             wanted = [f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
             for prefix in ("", f"{name}/"):
-                if all(prefix + member in archive.namelist() for member in wanted):
+                if {prefix + member for member in wanted} <= set(archive.namelist()):
                     return {member: archive.read(prefix + member) for member in wanted}
     raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
 
@@ -241,7 +250,7 @@ def trim(series):
     return series[:, : present[-1] + 1 if len(present) else 0]
 
 
-def to_array(series, split, L, C):
+def to_array(series, split, C, L):
     """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly.
 
     Prints how many series that touched.
@@ -249,10 +258,9 @@ def to_array(series, split, L, C):
     x, t = np.empty((len(series), C, L)), np.linspace(0, 1, L)
     for i, one in enumerate(series):
         present = np.isfinite(one)
-        if len(one) != C:
-            raise ValueError(f"{split} series {i + 1} has {len(one)} channels, the first has {C}")
-        if not present.any(1).all():
-            raise ValueError(f"{split} series {i + 1} has a channel without any value; remove it")
+        if len(one) != C or not present.any(1).all():
+            raise ValueError(f"{split} series {i + 1}: {present.any(1).sum()} channels with any "
+                             f"value, expected {C}; remove or complete it")
         own_t = np.linspace(0, 1, one.shape[1])
         x[i] = [np.interp(t, own_t[ok], row[ok]) for row, ok in zip(one, present)]
     n_stretched = sum(one.shape[1] != L for one in series)
@@ -276,16 +284,6 @@ def encode_labels(train, test):
     if unseen:
         raise ValueError(f"test labels {unseen} do not occur in the training split {classes}")
     return classes, *(torch.tensor([classes.index(v) for v in split]) for split in (train, test))
-
-
-def locate(name, folder):
-    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder, or None."""
-    for ending in (".tsv", ".txt", ".ts"):
-        for place in (folder / name, folder):
-            pair = [place / f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
-            if all(path.is_file() for path in pair):
-                return pair
-    return None
 
 
 def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
@@ -315,7 +313,7 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     C, L = len(train[0]), max(one.shape[1] for one in train)
     if L < MIN_LENGTH:
         raise ValueError(f"{name}: series of {L} samples; at least {MIN_LENGTH} are needed")
-    x_train, x_test = to_array(train, "train", L, C), to_array(test, "test", L, C)
+    x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
     std[std == 0] = 1  # a constant channel stays constant
     classes = []
@@ -407,19 +405,22 @@ def number(kind, low, high=float("inf")):
     return convert
 
 
-def run_flags(parser):
-    """The flags that all scripts have."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--run", type=Path, metavar="DIR", help="folder that holds the run's files")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                       help="of all random draws; on the CPU it fixes every bit (default 0)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                       help="auto takes CUDA where it is there (default)")
-    return group
+def run_flags(parser, trains):
+    """The flags that all scripts have, and those of the two that train."""
+    add = parser.add_argument_group("run").add_argument
+    add("--run", type=Path, metavar="DIR", help="the run's folder (default: see the README)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="of all random draws; on the CPU it fixes every bit (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto takes CUDA where it is there (default)")
+    if trains:
+        add("--resume", action="store_true", help="go on from the run's checkpoint")
+        add("--save-every", type=number(int, 1), default=10, metavar="EPOCHS",
+            help="epochs between checkpoints (default 10)")
 
 
 def begin(args):
-    """Seed torch and choose the device; from here on bad input ends in one line on stderr."""
+    """Seed torch, return the device; from here on bad input ends in one line on stderr."""
 
     def one_line(kind, error, trace):
         if issubclass(kind, (ValueError, OSError)):
@@ -443,26 +444,28 @@ def newest_run(file):
     return found[-1].parent
 
 
-class replacing:
-    """Context: a temporary path beside `path` that takes its place if the block succeeds."""
-
-    def __init__(self, path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+@contextmanager
+def replacing(path):
+    """A temporary path that takes the place of `path` if the block succeeds, and vanishes if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def save(path, state):
-    """Write a checkpoint whole or not at all."""
+def save(path, parts, stage, epoch, args, **more):
+    """Write a checkpoint in plain types, whole or not at all.
+
+    parts: {name: module, optimiser or schedule}, saved by their state. more: anything plain.
+    """
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"stage": stage, "epoch": epoch, "rng": torch.get_rng_state()} | more
+    state["flags"] = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "device")}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
     content = io.BytesIO()
     torch.save(state, content)
     with replacing(path) as temporary:
@@ -471,41 +474,27 @@ def save(path, state):
 
 def load_checkpoint(path, stage):
     """Checkpoint of that stage, on the CPU; only plain types are unpickled. ValueError if foreign."""
+    if not path.exists():
+        raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["stage"] == stage:
             return state
         reason = f"it is of stage {state['stage']}"
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not there; run train_stage{stage}.py first") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
-    raise ValueError(f"{path}: not a stage-{stage} checkpoint of these scripts ({reason})")
+        reason = type(error).__name__
+    raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
 
 
-def state_of(parts, stage, epoch, args, arguments):
-    """A checkpoint in plain types: parts {name: module, optimiser, ...}, flags, constructor
-    arguments, epochs done and the random state.
-    """
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "device")}
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    state = {name: part.state_dict() for name, part in parts.items()}
-    return state | {"stage": stage, "epoch": epoch, "flags": flags, "arguments": arguments,
-                    "rng": rng}
-
-
-def resume(parser, args, run, stage):
-    """The run's checkpoint when --resume is given, else None; and the flags to go on with.
+def resume(parser, args, path, stage):
+    """The flags to go on with, and the checkpoint at `path` if --resume is given, else None.
 
     Flags not given take the checkpoint's values; those given must agree with it. Without --resume
     a checkpoint in the way is refused.
     """
-    path = run / f"stage{stage}.pt"
     if not args.resume:
         if path.exists():
-            raise ValueError(f"{path} exists; go on with it by --resume, or choose another --run")
+            raise ValueError(f"{path} exists; go on from it by --resume, or choose another --run")
         return args, None
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
@@ -515,48 +504,54 @@ def resume(parser, args, run, stage):
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} {getattr(args, name)} contradicts {path}, made with {value}")
     if state["epoch"] == args.epochs:
-        print(f"{path}: all {args.epochs} epochs are done")
+        print(f"{path}: all {args.epochs} epochs are done already")
     return args, state
 
 
-def restore(parts, state):
-    """Load a checkpoint into its parts and the random state; returns the number of epochs done."""
+def restore(state, parts):
+    """Load a checkpoint (or None) into parts and the random state -> number of epochs done."""
     if state is None:
         return 0
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
     return state["epoch"]
 
 
-def rebuild(kind, state, part, device):
-    """The model of a checkpoint, in eval mode and frozen: kind(**arguments) with its weights."""
-    prefix = f"{part}."
-    weights = state.get(part) or {k.removeprefix(prefix): v for k, v in state["trained"].items()
-                                  if k.startswith(prefix)}
-    model = kind(**state["arguments"]).to(device)
+def rebuild(kind, arguments, weights, device):
+    """The model of a checkpoint, frozen and in eval mode."""
+    model = kind(**arguments).to(device)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
+def fingerprint(weights):
+    """A hash of a state_dict's tensors: tells whether two checkpoints hold the same model."""
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_again(stage1, device):
     """The data set that a stage-1 checkpoint was trained on."""
-    d = load(stage1["flags"]["dataset"], stage1["flags"]["data_dir"], device)
-    if d.x_train.shape[1:] != (stage1["arguments"]["C"], stage1["arguments"]["L"]):
-        raise ValueError(f"{stage1['flags']['dataset']} has changed shape since stage 1")
+    name = stage1["flags"]["dataset"]
+    d = load(name, stage1["flags"]["data_dir"], device)
+    if (len(d.classes), *d.x_train.shape[1:]) != tuple(stage1["shape"]):
+        raise ValueError(f"{name} has changed since stage 1: classes, channels, length are now "
+                         f"{(len(d.classes), *d.x_train.shape[1:])}, were {stage1['shape']}")
     return d
 
 
 def finite_means(losses, names, epoch, run):
-    """Means of an epoch's losses, a list of (terms,) tensors, by name: the epoch's one wait for the
-    device. ValueError naming the first term that is not finite, and its step.
+    """Means by name of an epoch's losses, a list of (terms,) tensors: its one wait for the device.
+
+    ValueError naming the first term that is not finite, and its step.
     """
     values = torch.stack(losses).cpu()  # (steps,terms)
-    broken = (~values.isfinite()).nonzero()
-    if len(broken):
-        step, term = broken[0].tolist()
+    for step, term in (~values.isfinite()).nonzero().tolist():
         raise ValueError(
             f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
             f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data"
@@ -565,7 +560,7 @@ def finite_means(losses, names, epoch, run):
 
 
 def start_log(path, n_epochs):
-    """Keep the first n_epochs lines of a .jsonl log (0 for a new run); later ones are stale."""
+    """Cut a .jsonl log to its first n_epochs lines (0 for a new run); what follows is stale."""
     kept = path.read_text().splitlines(True)[:n_epochs] if n_epochs else []
     with replacing(path) as temporary:
         temporary.write_text("".join(kept))
@@ -583,17 +578,19 @@ def read_log(path):
     return {name: [record[name] for record in records] for name in records[0]}
 
 
-def write_metrics(run, part, metrics):
-    """Set one part (stage1, stage2, samples, ...) of the run's metrics.json."""
+def report(run, part, metrics):
+    """Put figures of one part (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
     known = json.loads(path.read_text()) if path.exists() else {}
+    known[part] = known.get(part, {}) | metrics
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(known | {part: metrics}, indent=2) + "\n")
+        temporary.write_text(json.dumps(known, indent=2) + "\n")
+    print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-def save_figure(run, name, figure):
+def save_figure(path, figure):
     """Write a picture whole or not at all."""
-    with replacing(run / name) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -610,8 +607,13 @@ def watch_signals():
     return received
 
 
-def peak_memory(device):
-    """Peak memory in MiB: of the GPU's allocator, or of the whole process on the CPU."""
+def cost(began, n_steps, B, device):
+    """Figures of n_steps of B series since `began`: time and rate (if any step was taken), and peak
+    memory in MiB, of the GPU's allocator, or of the whole process on the CPU.
+    """
+    seconds = (time.perf_counter() - began) / max(1, n_steps)
+    figures = {"seconds_per_step": seconds, "series_per_second": B / seconds} if n_steps else {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = torch.cuda.max_memory_allocated(device)
+    return figures | {"peak_MiB": peak / 2**20}

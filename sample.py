@@ -12,6 +12,7 @@ own training split; so their values compare with each other, not with those of o
 import argparse
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from maskgit import SCHEDULES, MaskGIT, decode, guided
 from vqvae import VQVAE
 
 BATCH = 1000  # series decoded at once
-FCN_STEPS = 1000  # of batch 64
+N_FILLINGS = 10  # of each series to impute
 
 
 def flags():
@@ -35,8 +36,11 @@ def flags():
     add("--n", type=data.number(int, 1), default=1000, help="number of series (default 1000)")
     add("--label", default="all", help="a class of the data set; all: each as often as in training "
         "(default); none: unconditional")
-    add("--impute", metavar="START:END", help="instead, refill this stretch of n test series")
+    add("--impute", type=stretch, metavar="START:END",
+        help="instead, refill this stretch of n test series")
     add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
+    add("--fcn-steps", type=data.number(int, 1), default=1000,
+        help="training steps, of batch 64, of each classifier behind --evaluate (default 1000)")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
         help="uniform draws every token alike, as this part of the thesis did (default maskgit)")
@@ -46,8 +50,16 @@ def flags():
     add("--choice-temperature", type=data.number(float, 0), default=4.0,
         help="of the order in which entries are settled (default 4)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
-    data.run_flags(parser)
+    data.run_flags(parser, trains=False)
     return parser
+
+
+def stretch(text):
+    """argparse type of START:END."""
+    start, end = (int(part) for part in text.split(":"))
+    if not 0 <= start < end:
+        raise argparse.ArgumentTypeError(f"{text}: START must be below END, and neither negative")
+    return start, end
 
 
 def draw_labels(label, d, n):
@@ -56,23 +68,26 @@ def draw_labels(label, d, n):
         return None
     if label != "all":
         return torch.full((n,), d.classes.index(label), device=d.y_train.device)
-    share = torch.bincount(d.y_train, minlength=len(d.classes)).float()
-    return torch.multinomial(share, n, replacement=True).sort().values
+    return d.y_train[torch.randint(len(d.y_train), (n,), device=d.y_train.device)]
+
+
+def uniform(s_M, K):
+    """Logits (B,N,K) of the prior that this part of the thesis used: every token alike."""
+    return torch.zeros(*s_M.shape, K, device=s_M.device)
 
 
 def generate(vqvae, prior, y, s_M, args):
     """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), first row's canvases."""
     parts, K = [], len(vqvae.quantiser.codes)
     for i in tqdm(range(0, len(s_M), BATCH), desc="decoding", leave=False):
-        logits_fn = lambda s: torch.zeros(*s.shape, K, device=s.device)
+        logits_fn = partial(uniform, K=K)
         if prior is not None:
             logits_fn = guided(prior, None if y is None else y[i : i + BATCH], args.guidance)
         canvases = decode(logits_fn, s_M[i : i + BATCH], K, args.steps, args.schedule,
                           args.temperature, args.choice_temperature)
-        with torch.no_grad():
-            parts.append((canvases[-1], vqvae.detokenise(canvases[-1]), canvases[:, :1]))
+        parts.append((canvases[-1], vqvae.detokenise(canvases[-1]), canvases[:, 0]))
     s, x, canvases = zip(*parts)
-    return torch.cat(s), torch.cat(x), canvases[0][:, 0]
+    return torch.cat(s), torch.cat(x), canvases[0]
 
 
 class FCN(nn.Module):
@@ -98,12 +113,12 @@ class FCN(nn.Module):
         return self.head(self.features(x))
 
 
-def train_fcn(x, y, n_classes, name):
+def train_fcn(x, y, n_classes, n_steps, name):
     """An FCN trained on x (B,C,L), y (B), in eval mode."""
     fcn = FCN(x.shape[1], n_classes).to(x.device)
     optimiser = torch.optim.AdamW(fcn.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, FCN_STEPS)
-    for _ in tqdm(range(FCN_STEPS), desc=f"classifier on {name}", leave=False):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
+    for _ in tqdm(range(n_steps), desc=f"classifier on {name}", leave=False):
         rows = torch.randint(len(x), (min(64, len(x)),), device=x.device)
         optimiser.zero_grad()
         F.cross_entropy(fcn(x[rows]), y[rows]).backward()
@@ -141,11 +156,11 @@ def inception_score(logits):
 
 def nearest_distance(x, x_train):
     """Mean distance of each x (B,C,L) to its nearest training series."""
-    nearest = lambda rows: torch.cdist(rows.flatten(1), x_train.flatten(1)).amin(1)
-    return in_batches(nearest, x).mean().item()
+    x_train = x_train.flatten(1)
+    return in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).mean().item()
 
 
-def evaluate(vqvae, d, x, y):
+def evaluate(vqvae, d, x, y, n_steps):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
     The real row is the best there is: FID of one half of the test split from the other, inception
@@ -154,18 +169,19 @@ def evaluate(vqvae, d, x, y):
     reconstructed training split. novelty: distance of generated series to their nearest training
     series over the same of the reconstructed test split (1 as new as that, 0 copies).
     """
-    rebuild = lambda v: in_batches(lambda rows: vqvae.detokenise(vqvae.tokenise(rows)), v)
-    x_rec, n_classes = rebuild(d.x_test), len(d.classes)
-    fcn = train_fcn(d.x_train, d.y_train, n_classes, "real")
+    x_rec, x_train_rec = (in_batches(lambda x: vqvae.detokenise(vqvae.tokenise(x)), split)
+                          for split in (d.x_test, d.x_train))
+    n_classes = len(d.classes)
+    fcn = train_fcn(d.x_train, d.y_train, n_classes, n_steps, "real")
     real = in_batches(fcn.features, d.x_test)
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
     metrics = {}
     for name, sample, train_x, train_y in (
         ("real", d.x_test, d.x_train, d.y_train),
-        ("reconstructed", x_rec, rebuild(d.x_train), d.y_train),
+        ("reconstructed", x_rec, x_train_rec, d.y_train),
         ("generated", x, x, y),
     ):
-        judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, name)
+        judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, n_steps, name)
         a, b = halves if name == "real" else (real, in_batches(fcn.features, sample))
         is_right = in_batches(judge, d.x_test).argmax(1) == d.y_test
         metrics[f"fid_{name}"] = frechet_distance(a, b)
@@ -187,11 +203,11 @@ def draw_samples(run, d, x, y):
             rows = v if c is None else v[labels == c]
             for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
                 axis = axes[3 * half + i, column]
-                axis.plot(row[0].cpu(), lw=1, color=("0.3", "C0")[half])
+                axis.plot(row[0].cpu().numpy(), lw=1, color=("0.3", "C0")[half])
                 axes[3 * half + i, 0].set_ylabel(name, fontsize=9)
         axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
         axes[-1, column].set_xlabel("time step")
-    data.save_figure(run, "samples.png", figure)
+    data.save_figure(run / "samples.png", figure)
 
 
 def draw_decoding(run, canvases, grid, K):
@@ -202,46 +218,52 @@ def draw_decoding(run, canvases, grid, K):
     for t, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if t < len(canvases):
-            s = canvases[t].view(grid).cpu()
+            s = canvases[t].view(grid).cpu().numpy()
             axis.imshow(np.ma.masked_equal(s, K), vmin=0, vmax=K - 1, origin="lower",
                         cmap="viridis")
             axis.set_title(f"step {t}: {(s == K).sum()} masked", fontsize=8)
-    data.save_figure(run, "decoding.png", figure)
+    data.save_figure(run / "decoding.png", figure)
 
 
-def impute(run, vqvae, prior, d, args, start, end, n_fillings=10):
-    """Refill x[start:end] of test series n_fillings times; returns errors against the truth."""
+def impute(run, vqvae, prior, d, args):
+    """Refill x[start:end] of the first n test series N_FILLINGS times; errors against the truth."""
+    start, end = args.impute
     x = d.x_test[: args.n]
-    # the encoder sees far, so what is to be found must not be in its input: a straight line is
-    hidden = x.clone()
-    left, right = x[..., max(0, start - 1)], x[..., min(end, x.shape[-1] - 1)]
-    hidden[..., start:end] = torch.lerp(
-        *(v[..., None] for v in (left, right)), torch.linspace(0, 1, end - start, device=x.device)
-    )
-    s = in_batches(vqvae.tokenise, hidden)
+    # the encoder sees far: what is to be found must not be in its input, so a straight line is
+    line = torch.linspace(0, 1, end - start, device=x.device)
+    ends = x[..., [max(start - 1, 0)]], x[..., [min(end, vqvae.L - 1)]]
+    hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
+
     H, W = vqvae.grid
-    column = torch.arange(W, device=x.device) * vqvae.L / W  # first sample of each column
-    is_touched = (column < end) & (column + vqvae.L / W > start)
-    s_M = s.masked_fill(is_touched.repeat(H), len(vqvae.quantiser.codes))
-    _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(n_fillings, 0), args)
-    filled = filled.view(len(x), n_fillings, *x.shape[1:])[..., start:end]
-    truth = x[..., start:end]
-    mse = lambda v: (v - truth).square().mean().item()
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for i, axis in enumerate(figure.subplots(4, 1, sharex=True)[: len(x)]):
-        t = torch.arange(start, end)
-        fillings = filled[i, :, 0].cpu()
-        axis.plot(x[i, 0].cpu(), color="0.6", lw=1, label="truth")
-        axis.plot(t, fillings.T, color="C0", lw=0.5)
-        axis.fill_between(t, *fillings.quantile(torch.tensor([0.1, 0.9]), 0), color="C0",
-                          alpha=0.25, label="10 % to 90 % of fillings")
-        axis.plot(t, fillings.mean(0), color="C1", label="their mean")
-        axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
+    first = torch.arange(W, device=x.device) * vqvae.L / W  # sample at which a column begins
+    is_touched = ((first < end) & (first + vqvae.L / W > start)).repeat(H)
+    s_M = in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, len(vqvae.quantiser.codes))
+    _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(N_FILLINGS, 0), args)
+    filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
+    draw_fillings(run, x, filled, hidden, start, end)
+    truth = x[:, None, :, start:end]
+    return {
+        "mse_one_filling": F.mse_loss(filled[:, :1], truth).item(),
+        "mse_mean_filling": F.mse_loss(filled.mean(1, keepdim=True), truth).item(),
+        "mse_straight_line": F.mse_loss(hidden[:, None, :, start:end], truth).item(),
+    }
+
+
+def draw_fillings(run, x, filled, hidden, start, end):
+    """Truth, fillings (B,fillings,C,end-start), their spread and the straight line, for 4 series."""
+    n_rows = min(4, len(x))
+    figure = Figure(figsize=(9, 1.4 * n_rows + 0.6), layout="constrained")
+    t = range(start, end)
+    for i, axis in enumerate(figure.subplots(n_rows, 1, sharex=True, squeeze=False)[:, 0]):
+        one = filled[i, :, 0].cpu().numpy()
+        axis.plot(x[i, 0].cpu().numpy(), color="0.6", lw=1, label="truth")
+        axis.plot(t, one.T, color="C0", lw=0.5)
+        axis.fill_between(t, one.min(0), one.max(0), color="C0", alpha=0.25, label="fillings")
+        axis.plot(t, one.mean(0), color="C1", label="their mean")
+        axis.plot(t, hidden[i, 0, start:end].cpu().numpy(), color="k", ls=":", label="straight line")
     axis.set_xlabel("time step")
-    axis.legend(fontsize=8, ncols=4)
-    data.save_figure(run, "imputed.png", figure)
-    return {"mse_one_filling": mse(filled[:, 0]), "mse_mean_filling": mse(filled.mean(1)),
-            "mse_straight_line": mse(hidden[..., start:end])}
+    axis.legend(fontsize=8, ncols=4, loc="upper right")
+    data.save_figure(run / "imputed.png", figure)
 
 
 if __name__ == "__main__":
@@ -250,33 +272,34 @@ if __name__ == "__main__":
     device = data.begin(args)
     run = args.run or data.newest_run("stage2.pt" if args.prior == "maskgit" else "stage1.pt")
     stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
-    vqvae = data.rebuild(VQVAE, stage1, "model", device)
+    vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)
     d = data.load_again(stage1, device)
     K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
     prior = None
     if args.prior == "maskgit":
         stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
-        prior = data.rebuild(MaskGIT, stage2, "prior", device)
+        if stage2["tokens_of"] != data.fingerprint(stage1["model"]):
+            raise ValueError(f"{run}/stage2.pt was trained on the tokens of another stage1.pt")
+        prior = data.rebuild(MaskGIT, stage2["arguments"], stage2["prior"], device)
     if args.label not in ("all", "none", *d.classes):
         parser.error(f"--label {args.label}: the classes are {', '.join(d.classes) or 'none'}")
+    if args.impute and args.impute[1] > vqvae.L:
+        parser.error(f"--impute ends at {args.impute[1]}, but the series have {vqvae.L} samples")
+    if args.evaluate and (args.label != "all" or not d.classes):
+        parser.error("--evaluate needs labelled data, and series of all classes")
 
     if args.impute:
-        start, end = (int(v) for v in args.impute.split(":"))
-        metrics = impute(run, vqvae, prior, d, args, start, end)
-        data.write_metrics(run, "imputed", metrics)
+        data.report(run, "imputed", impute(run, vqvae, prior, d, args))
     else:
-        began = time.perf_counter()
         y = draw_labels(args.label, d, args.n)
         s_M = torch.full((args.n, N), K, device=device)
+        began = time.perf_counter()
         s, x, canvases = generate(vqvae, prior, y, s_M, args)
-        metrics = {"series_per_second": args.n / (time.perf_counter() - began)}
+        cost = data.cost(began, args.steps, args.n / args.steps, device)
         names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
         with data.replacing(run / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, x=(x * d.std + d.mean).cpu(), y=names, s=s.cpu())
         draw_samples(run, d, x, y)
         draw_decoding(run, canvases, vqvae.grid, K)
-        if args.evaluate:
-            metrics |= evaluate(vqvae, d, x, y)
-        data.write_metrics(run, "samples", metrics)
-    metrics["peak_MiB"] = data.peak_memory(device)
-    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")
+        metrics = evaluate(vqvae, d, x, y, args.fcn_steps) if args.evaluate else {}
+        data.report(run, "samples", metrics | cost)

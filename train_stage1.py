@@ -53,17 +53,15 @@ def flags():
     add("--epochs", type=data.number(int, 1), default=150, help="default 150; the thesis has 1000")
     add("--batch-size", type=data.number(int, 2), default=128, help="B (default 128)")
     add("--lr", type=data.number(float, 0, 1), default=3e-3, help="AdamW (default 3e-3)")
-    group = data.run_flags(parser)
-    group.add_argument("--resume", action="store_true", help="go on from the run's stage1.pt")
-    group.add_argument("--save-every", type=data.number(int, 1), default=10, metavar="EPOCHS",
-                       help="epochs between checkpoints (default 10)")
+    data.run_flags(parser, trains=True)
     return parser
 
 
 def stage1_losses(model, project, x, args):
     """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N)."""
     B = len(x)
-    views = [data.augment(x, args.augment) for _ in range(args.views if project else 0)]
+    n_views = 0 if args.ssl == "none" else args.views
+    views = [data.augment(x, args.augment) for _ in range(n_views)]
     z = model.encode(torch.cat([x, *views]))
     z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
     z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
@@ -118,10 +116,13 @@ def linear_probe(Y_train, y_train, Y_test, C=1.0):
 
 
 def evaluate(model, d, K):
-    """Figures of the trained code book on the test split; the probes learn on the train split."""
+    """Figures of the code book on the test split, and how often the training split uses each code.
+
+    Both probes learn on the training split's average-pooled z_q, scaled to [-1,1] by it.
+    """
     x_hat, Y, s = represent(model, d.x_test)
     x_hat_train, Y_train, s_train = represent(model, d.x_train)
-    counts = torch.bincount(s.flatten(), minlength=K).float()
+    counts, counts_train = (torch.bincount(v.flatten(), minlength=K).cpu() for v in (s, s_train))
     metrics = {
         "test_mse": F.mse_loss(x_hat, d.x_test).item(),
         "train_mse": F.mse_loss(x_hat_train, d.x_train).item(),
@@ -133,7 +134,7 @@ def evaluate(model, d, K):
         Y_train, Y = (2 * (v - low) / (high - low).clamp_min(1e-8) - 1 for v in (Y_train, Y))
         for name, classify in (("linear_probe", linear_probe), ("knn", nearest_neighbours)):
             metrics[name] = (classify(Y_train, d.y_train, Y) == d.y_test).float().mean().item()
-    return metrics
+    return metrics, counts_train
 
 
 def draw_reconstructions(run, model, d):
@@ -147,45 +148,36 @@ def draw_reconstructions(run, model, d):
             axis = figure.add_subplot(rows, 2, 2 * c + column + 1)
             of_class = x[y == c] if d.classes else x
             if len(of_class):
-                axis.plot(of_class[0, 0].cpu(), color="0.6", lw=1, label="x")
+                axis.plot(of_class[0, 0].cpu().numpy(), color="0.6", lw=1, label="x")
                 x_hat = represent(model, of_class[:1])[0]
-                axis.plot(x_hat[0, 0].cpu(), color="C0", lw=1.2, label="x^")
+                axis.plot(x_hat[0, 0].cpu().numpy(), color="C0", lw=1.2, label="x^")
             axis.set_ylabel(f"class {d.classes[c]}" if d.classes else "")
             axis.set_title(split if c == 0 else "", fontsize=10)
     axis.legend(loc="upper right", fontsize=8)
     axis.set_xlabel("time step")
-    data.save_figure(run, "reconstructions.png", figure)
+    data.save_figure(run / "reconstructions.png", figure)
 
 
-def draw_curves(run):
-    """Every loss term, and the use of the code book, over the epochs."""
+def draw_curves(run, counts):
+    """Loss terms and use of the code book over the epochs; how often each code is chosen now."""
     log = data.read_log(run / "stage1.jsonl")
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in [name for name in log if name not in ("epoch", "perplexity", "codes_used")]:
-        left.plot(log["epoch"], log[name], label=name, ls="--" if "view" in name else "-")
-    left.set(yscale="log", xlabel="epoch", ylabel="loss term (weighted)")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    epoch, perplexities, codes_used = (log.pop(k) for k in ("epoch", "perplexity", "codes_used"))
+    for name, values in log.items():
+        left.plot(epoch, values, label=name, ls="--" if "view" in name else "-")
+    left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted")
     left.legend(fontsize=7)
-    right.plot(log["epoch"], log["perplexity"], color="C0", label="perplexity")
-    right.set(xlabel="epoch", ylabel="perplexity", ylim=(0, None))
-    share = right.twinx()
-    share.plot(log["epoch"], log["codes_used"], color="C1", label="share of codes in use")
-    share.set(ylabel="share of codes in use", ylim=(0, 1.05))
-    figure.legend(loc="lower right", fontsize=8, ncols=2)
-    data.save_figure(run, "stage1.png", figure)
-
-
-def draw_codebook(run, model, x, K):
-    """How often each code is chosen over the training split, most used first."""
-    counts = torch.bincount(represent(model, x)[2].flatten(), minlength=K).float().cpu()
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    axis = figure.subplots()
-    axis.bar(range(K), (counts / counts.sum()).sort(descending=True).values, width=0.9)
-    axis.axhline(1 / K, color="0.5", ls=":", label="all alike")
-    axis.set(xlabel="code, by rank", ylabel="share of tokens",
-             title=f"perplexity {perplexity(counts):.1f} of {K}")
-    axis.legend()
-    data.save_figure(run, "codebook.png", figure)
+    middle.plot(epoch, perplexities, label="perplexity")
+    middle.plot(epoch, [share * len(counts) for share in codes_used], label="codes in use")
+    middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
+    middle.legend(fontsize=8)
+    shares = (counts / counts.sum()).sort(descending=True).values.numpy()
+    right.bar(range(len(counts)), shares, width=0.9)
+    right.axhline(1 / len(counts), color="0.5", ls=":", label="all alike")
+    right.set(xlabel="code, by rank", ylabel="share of the training tokens")
+    right.legend(fontsize=8)
+    data.save_figure(run / "stage1.png", figure)
 
 
 def draw_views(run, x, names):
@@ -193,13 +185,14 @@ def draw_views(run, x, names):
     rows = [*([name] for name in names), *([names] if len(names) > 1 else [])]
     figure = Figure(figsize=(9, 1.3 * len(rows) + 0.6), layout="constrained")
     for axis, row in zip(figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0], rows):
-        axis.plot(x[0, 0].cpu(), color="0.6", lw=1, label="x")
+        axis.plot(x[0, 0].cpu().numpy(), color="0.6", lw=1, label="x")
         for i in range(2):
-            axis.plot(data.augment(x[:1], row)[0, 0].cpu(), color=f"C{i}", lw=1, label=f"view {i + 1}")
+            view = data.augment(x[:1], row)[0, 0].cpu().numpy()
+            axis.plot(view, color=f"C{i}", lw=1, label=f"view {i + 1}")
         axis.set_title(", then ".join(row), fontsize=9)
     axis.set_xlabel("time step")
     axis.legend(loc="upper right", fontsize=8, ncols=3)
-    data.save_figure(run, "views.png", figure)
+    data.save_figure(run / "views.png", figure)
 
 
 def draw_classes(run, model, d, title):
@@ -210,10 +203,10 @@ def draw_classes(run, model, d, title):
     axis = figure.subplots()
     for c, name in enumerate(d.classes):
         points = plane[(d.y_test[:1000] == c).cpu()]
-        axis.scatter(*points.T, s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
+        axis.scatter(*points.T.numpy(), s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
     axis.set(xlabel="first component", ylabel="second component", title=title)
     axis.legend(fontsize=7)
-    data.save_figure(run, "classes.png", figure)
+    data.save_figure(run / "classes.png", figure)
 
 
 if __name__ == "__main__":
@@ -221,30 +214,32 @@ if __name__ == "__main__":
     args = parser.parse_args()
     run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
     device = data.begin(args)
-    args, state = data.resume(parser, args, run, stage=1)
-    args.ssl_weight = SSL_WEIGHTS[args.ssl] if args.ssl_weight is None else args.ssl_weight
+    args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
+    if args.ssl_weight is None:
+        args.ssl_weight = SSL_WEIGHTS[args.ssl]
     stop = data.watch_signals()
 
-    d = data.load(args.dataset, args.data_dir, device=device)
+    d = data.load(args.dataset, args.data_dir, device)
     n, C, L = d.x_train.shape
     B = min(args.batch_size, n)
     n_steps = n // B  # an epoch; a smaller last batch is left out, the order is new every epoch
 
-    arguments = dict(L=L, C=C, D=64, K=args.codebook_size)
+    K = args.codebook_size
+    arguments = dict(L=L, C=C, D=64, K=K)
     model = VQVAE(**arguments).to(device, memory_format=torch.channels_last)
-    project = None
+    project = nn.Identity()
     if args.ssl != "none":
-        project = projector(arguments["D"], args.proj_dim, args.ssl == "vbcreg").to(device)
-    trained = nn.ModuleDict({"model": model} | ({"project": project} if project else {}))
-    optimiser = torch.optim.AdamW(trained.parameters(), args.lr, weight_decay=1e-3)
+        project = projector(64, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
+    optimiser = torch.optim.AdamW([*model.parameters(), *project.parameters()], args.lr,
+                                  weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs * n_steps)
-    parts = {"trained": trained, "optimiser": optimiser, "schedule": schedule}
-    first_epoch = data.restore(parts, state)
+    parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
+    first_epoch = data.restore(state, parts)
     data.start_log(run / "stage1.jsonl", first_epoch)
 
     began = time.perf_counter()
     for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
-        losses, counts = [], torch.zeros(args.codebook_size, device=device)
+        losses, counts = [], torch.zeros(K, device=device)
         for rows in torch.randperm(n, device=device)[: n_steps * B].split(B):
             terms, s = stage1_losses(model, project, d.x_train[rows], args)
             optimiser.zero_grad()
@@ -252,25 +247,23 @@ if __name__ == "__main__":
             optimiser.step()
             schedule.step()
             losses.append(torch.stack(list(terms.values())).detach())
-            counts += F.one_hot(s, args.codebook_size).sum((0, 1))
-        means = data.finite_means(losses, list(terms), epoch, run)
-        record = means | {"perplexity": perplexity(counts).item(),
-                          "codes_used": (counts > 0).float().mean().item()}
+            counts += F.one_hot(s, K).sum((0, 1))
+        record = data.finite_means(losses, list(terms), epoch, run)
+        record |= {"perplexity": perplexity(counts).item(),
+                   "codes_used": (counts > 0).float().mean().item()}
         data.append_line(run / "stage1.jsonl", {"epoch": epoch + 1} | record)
         if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage1.pt", data.state_of(parts, 1, epoch + 1, args, arguments))
+            data.save(run / "stage1.pt", parts, 1, epoch + 1, args, arguments=arguments,
+                      shape=[len(d.classes), C, L])
         if stop:
             sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
-    seconds = (time.perf_counter() - began) / max(1, n_steps * (args.epochs - first_epoch))
+    cost = data.cost(began, n_steps * (args.epochs - first_epoch), B, device)
 
     model.eval()
-    metrics = evaluate(model, d, args.codebook_size)
-    metrics |= {"seconds_per_step": seconds, "peak_MiB": data.peak_memory(device)}
-    data.write_metrics(run, "stage1", metrics)
-    draw_curves(run)
+    metrics, counts = evaluate(model, d, K)
+    draw_curves(run, counts)
     draw_reconstructions(run, model, d)
-    draw_codebook(run, model, d.x_train, args.codebook_size)
     draw_views(run, d.x_train, args.augment)
     if d.classes:
         draw_classes(run, model, d, f"--ssl {args.ssl}")
-    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")
+    data.report(run, "stage1", metrics | cost)

@@ -21,7 +21,7 @@ import data
 from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
 from vqvae import VQVAE
 
-BOUND_DRAWS = 20  # per test series
+BOUND_DRAWS = 4  # per test series
 
 
 def flags():
@@ -37,10 +37,7 @@ def flags():
     add("--epochs", type=data.number(int, 1), default=240, help="default 240; the thesis has 1000")
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=1e-3, help="AdamW, highest (default 1e-3)")
-    group = data.run_flags(parser)
-    group.add_argument("--resume", action="store_true", help="go on from the run's stage2.pt")
-    group.add_argument("--save-every", type=data.number(int, 1), default=10, metavar="EPOCHS",
-                       help="epochs between checkpoints (default 10)")
+    data.run_flags(parser, trains=True)
     return parser
 
 
@@ -77,7 +74,7 @@ def draw_curves(run):
     left.set(xlabel="epoch", ylabel="cross-entropy, nats a masked token")
     right.plot(log["epoch"], log["accuracy"])
     right.set(xlabel="epoch", ylabel="accuracy on masked tokens", ylim=(0, 1))
-    data.save_figure(run, "stage2.png", figure)
+    data.save_figure(run / "stage2.png", figure)
 
 
 if __name__ == "__main__":
@@ -85,11 +82,14 @@ if __name__ == "__main__":
     args = parser.parse_args()
     device = data.begin(args)
     run = args.run or data.newest_run("stage1.pt")
-    args, state = data.resume(parser, args, run, stage=2)
+    args, state = data.resume(parser, args, run / "stage2.pt", stage=2)
     stop = data.watch_signals()
 
     stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
-    vqvae = data.rebuild(VQVAE, stage1, "model", device)
+    tokens_of = data.fingerprint(stage1["model"])
+    if state and state["tokens_of"] != tokens_of:
+        raise ValueError(f"{run}/stage1.pt has changed since {run}/stage2.pt was made from it")
+    vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)
     d = data.load_again(stage1, device)
     K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
     distance = distances(vqvae, d.x_train)
@@ -103,8 +103,8 @@ if __name__ == "__main__":
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.05, cycle_momentum=False
     )
-    parts = {"prior": prior, "optimiser": optimiser, "schedule": schedule}
-    first_epoch = data.restore(parts, state)
+    parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
+    first_epoch = data.restore(state, parts)
     data.start_log(run / "stage2.jsonl", first_epoch)
 
     began = time.perf_counter()
@@ -126,17 +126,15 @@ if __name__ == "__main__":
         record = data.finite_means(losses, ["loss", "accuracy"], epoch, run)
         data.append_line(run / "stage2.jsonl", {"epoch": epoch + 1} | record)
         if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage2.pt", data.state_of(parts, 2, epoch + 1, args, arguments))
+            data.save(run / "stage2.pt", parts, 2, epoch + 1, args, arguments=arguments,
+                      tokens_of=tokens_of)
         if stop:
             sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
-    seconds = (time.perf_counter() - began) / max(1, n_steps * (args.epochs - first_epoch))
+    cost = data.cost(began, n_steps * (args.epochs - first_epoch), B, device)
 
     prior.eval()
     s_test = distances(vqvae, d.x_test).argmin(-1)
     nats = bound(prior, s_test, d.y_test)
-    metrics = {"test_nats_per_series": nats, "test_nats_per_token": nats / N,
-               "uniform_nats_per_token": math.log(K), "seconds_per_step": seconds,
-               "peak_MiB": data.peak_memory(device)}
-    data.write_metrics(run, "stage2", metrics)
     draw_curves(run)
-    print(run, *(f"{name} {value:.4g}" for name, value in metrics.items()), sep="  ")
+    data.report(run, "stage2", {"test_nats_per_series": nats, "test_nats_per_token": nats / N,
+                                "uniform_nats_per_token": math.log(K)} | cost)

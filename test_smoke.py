@@ -1,0 +1,774 @@
+"""Identities, known values, bad input, and the three scripts themselves: pytest -q test_smoke.py
+
+Scripts run inside this process (runpy) where only their outcome matters, and as programs of their
+own where signals, exit codes or an empty folder do. Tests on real UCR files look for them in
+UCR_DATA, else ../shared/data, and skip where they are absent.
+"""
+
+import http.server
+import io
+import json
+import math
+import os
+import pickle
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import maskgit
+import sample
+import ssl_losses
+import train_stage1
+import train_stage2
+import vqvae
+
+HERE = Path(__file__).parent
+UCR = Path(os.environ.get("UCR_DATA", HERE.parent / "shared" / "data"))
+README = (HERE / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def script(name, *flags):
+    """Run a script in this process under these flags; signals and hooks are put back."""
+    hook, argv = sys.excepthook, sys.argv
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = [f"{name}.py", *map(str, flags)]
+    try:
+        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.excepthook, sys.argv = hook, argv
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def program(name, *flags, cwd=HERE):
+    """Start a script as a program."""
+    command = [sys.executable, str(HERE / f"{name}.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def ucr(name, ending="tsv"):
+    if not (UCR / name / f"{name}_TRAIN.{ending}").exists():
+        pytest.skip(f"real file {name}_TRAIN.{ending} is not in {UCR}")
+    return UCR
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """An .npz of 40 + 24 short series in three classes."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(64) % 3
+    t = torch.linspace(0, 6, 32)
+    x = torch.sin(t * (y[:, None] + 1)) + 0.1 * torch.randn(64, 32, generator=generator)
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
+    return path
+
+
+TINY1 = ("--epochs", 2, "--batch-size", 16, "--proj-dim", 64, "--device", "cpu")
+TINY2 = ("--epochs", 2, "--batch-size", 16, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """A run folder with both stages trained on `small`."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    script("train_stage1", "--dataset", small, "--run", run, *TINY1)
+    script("train_stage2", "--run", run, *TINY2)
+    return run
+
+
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def weights(path):
+    """All tensors of a checkpoint, in order."""
+    state = torch.load(path, weights_only=True)
+    return [v for part in ("model", "prior") for v in state.get(part, {}).values()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b))
+
+
+# ---- vqvae.py -----------------------------------------------------------------------------------
+
+
+def test_stft_round_trip():
+    for L in range(8, 301):
+        x = torch.randn(2, 3, L)
+        u = vqvae.stft(x)
+        assert u.shape == (2, 6, 5, L // 2 + 1)
+        assert torch.allclose(vqvae.istft(u, L), x, atol=1e-5), L
+
+
+@pytest.mark.parametrize("L", [8, 24, 96, 128, 140, 500, 1024])
+def test_shapes(L):
+    model = vqvae.VQVAE(L, C=2, K=8)
+    x = torch.randn(3, 2, L)
+    z = model.encode(x)
+    x_hat, u_hat = model.decode(z)
+    H, W = model.grid
+    assert z.shape == (3, 64, H, W) and H == 5 and 5 <= W <= 11
+    assert x_hat.shape == x.shape and u_hat.shape == model.stft(x).shape
+    model.eval()
+    assert model.detokenise(model.tokenise(x)).shape == x.shape
+
+
+def test_straight_through_gradient_is_the_identity():
+    quantiser = vqvae.VectorQuantiser(K=4, D=3)
+    z = torch.randn(2, 3, 5, 2, requires_grad=True)
+    w = torch.randn_like(z)
+    z_q, s, _ = quantiser(z)
+    (z_q * w).sum().backward()
+    assert torch.equal(z.grad, w)
+    assert torch.allclose(z_q, quantiser.eval().lookup(s, (5, 2)), atol=1) and s.shape == (2, 10)
+
+
+def test_commitment_moves_only_the_encoder():
+    quantiser = vqvae.VectorQuantiser(K=4, D=3).train()
+    quantiser(torch.randn(2, 3, 5, 2))
+    z = torch.randn(2, 3, 5, 2, requires_grad=True)
+    codes = quantiser.codes.clone()
+    _, s, commitment = quantiser.eval()(z)
+    commitment.backward()
+    nearest = codes[s].transpose(1, 2).reshape(z.shape)
+    assert torch.allclose(z.grad, 2 * (z - nearest) / z.numel(), atol=1e-6)
+
+
+def test_one_moving_average_step_by_hand():
+    quantiser = vqvae.VectorQuantiser(K=2, D=1, decay=0.9)
+    quantiser.counts[:] = torch.tensor([10.0, 10.0])
+    quantiser.sums[:] = quantiser.codes[:] = torch.tensor([[0.0], [10.0]])
+    quantiser.codes[1] = 1.0
+    _, s, commitment = quantiser(torch.tensor([0.2, 0.4, 0.9, 1.3]).view(1, 1, 2, 2))
+    assert s.tolist() == [[0, 0, 1, 1]]
+    assert commitment.item() == pytest.approx((0.04 + 0.16 + 0.01 + 0.09) / 4)
+    assert torch.allclose(quantiser.counts, torch.tensor([9.2, 9.2]))
+    assert torch.allclose(quantiser.sums, torch.tensor([[0.06], [9.22]]))
+    assert torch.allclose(quantiser.codes, torch.tensor([[0.06 / 9.2], [9.22 / 9.2]]))
+
+
+def test_revival_leaves_used_codes_and_lasts():
+    quantiser = vqvae.VectorQuantiser(K=3, D=2)
+    quantiser.counts[:] = torch.tensor([30.0, 0.0, 20.0])
+    quantiser.codes[:] = torch.tensor([[0.0, 0.0], [99.0, 99.0], [1.0, 1.0]])
+    quantiser.sums[:] = quantiser.codes * quantiser.counts[:, None]
+    latents = torch.randn(60, 2)
+    quantiser.revive(latents)
+    assert torch.equal(quantiser.codes[[0, 2]], torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    revived = quantiser.codes[1].clone()
+    assert (latents == revived).all(1).any() and quantiser.counts[1] == 20
+    quantiser.update(latents, torch.zeros(60, dtype=torch.long))  # nothing chooses code 1
+    quantiser.revive(latents)
+    assert torch.allclose(quantiser.codes[1], revived)
+    assert torch.allclose(quantiser.sums, quantiser.codes * quantiser.counts[:, None], atol=1e-4)
+
+
+def test_first_batch_places_every_code_on_a_latent():
+    quantiser = vqvae.VectorQuantiser(K=16, D=2)
+    z = torch.randn(4, 2, 5, 3)
+    quantiser.revive(z.transpose(0, 1).flatten(1).T)
+    assert (torch.cdist(quantiser.codes, z.transpose(0, 1).flatten(1).T).amin(1) < 1e-3).all()
+    assert (quantiser.counts == 60 / 16).all()
+
+
+def test_eval_changes_no_buffer():
+    model = vqvae.VQVAE(32, K=8)
+    model.quantiser(model.encode(torch.randn(4, 1, 32)))
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    z_q, _, _ = model.quantiser(model.encode(10 * torch.randn(4, 1, 32)))
+    model.decode(z_q)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_distances_stay_fp32_under_autocast():
+    quantiser = vqvae.VectorQuantiser(K=8, D=16)
+    quantiser(torch.randn(4, 16, 5, 4))
+    z = torch.randn(4, 16, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantiser.distances(z), quantiser.eval().distances(z))
+
+
+def test_perplexity():
+    assert vqvae.perplexity(torch.tensor([5.0, 5, 5, 5, 0])).item() == pytest.approx(4)
+
+
+# ---- ssl_losses.py ------------------------------------------------------------------------------
+
+
+def loop_barlow(Z1, Z2):
+    B, n = Z1.shape
+    columns = [[(Z[:, i] - Z[:, i].mean()) / ((Z[:, i] - Z[:, i].mean()) ** 2).mean().sqrt()
+                for i in range(n)] for Z in (Z1, Z2)]
+    loss = 0
+    for i in range(n):
+        for j in range(n):
+            c = sum(columns[0][i][b] * columns[1][j][b] for b in range(B)) / B
+            loss = loss + ((1 - c) ** 2 if i == j else 0.005 * c**2)
+    return loss / n
+
+
+def loop_variance(Z):
+    deviations = [(((z - z.mean()) ** 2).sum() / (len(z) - 1) + 1e-4).sqrt() for z in Z.T]
+    return sum(torch.relu(1 - d) for d in deviations) / len(deviations)
+
+
+def loop_similarity(Z1, Z2):
+    return sum(((Z1[b] - Z2[b]) ** 2).sum() for b in range(len(Z1))) / len(Z1) / Z1.shape[1]
+
+
+def loop_off_diagonal(Z, scale):
+    total = 0
+    for i in range(Z.shape[1]):
+        for j in range(Z.shape[1]):
+            a, b = Z[:, i] - Z[:, i].mean(), Z[:, j] - Z[:, j].mean()
+            total = total + ((a @ b) / scale(a, b)) ** 2 if i != j else total
+    return total
+
+
+def loop_vicreg(Z1, Z2):
+    loss = 25 * loop_similarity(Z1, Z2) + 25 * (loop_variance(Z1) + loop_variance(Z2))
+    for Z in (Z1, Z2):
+        loss = loss + loop_off_diagonal(Z, lambda a, b: len(Z) - 1) / Z.shape[1]
+    return loss
+
+
+def loop_vbcreg(Z1, Z2):
+    loss = 25 * loop_similarity(Z1, Z2) + 25 * (loop_variance(Z1) + loop_variance(Z2))
+    for Z in (Z1, Z2):
+        loss = loss + 100 * loop_off_diagonal(Z, lambda a, b: a.norm() * b.norm()) / Z.shape[1] ** 2
+    return loss
+
+
+@pytest.mark.parametrize("B, n", [(4, 7), (9, 5)])  # the B x B form and the F x F form
+@pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "vbcreg"])
+def test_ssl_loss_equals_its_loop_form(name, B, n):
+    mix = torch.randn(n, n, dtype=torch.float64)
+    Z1 = (0.5 * torch.randn(B, n, dtype=torch.float64) @ mix).requires_grad_()
+    Z2 = (Z1.detach() + 0.3 * torch.randn(B, n, dtype=torch.float64)).requires_grad_()
+    loop = {"barlow_twins": loop_barlow, "vicreg": loop_vicreg, "vbcreg": loop_vbcreg}[name]
+    expected = loop(Z1, Z2)
+    loss = sum(getattr(ssl_losses, name)(Z1, Z2).values())
+    assert torch.allclose(loss, expected, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(loss, (Z1, Z2)), torch.autograd.grad(expected, (Z1, Z2))):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_off_diagonal_squares_in_both_forms():
+    A, B = torch.randn(2, 6, 20, dtype=torch.float64, requires_grad=True).unbind()
+    C = A.T @ B
+    direct = (C - C.diagonal().diag()).square().sum()
+    short = ssl_losses.off_diagonal_squares(A, B)
+    assert torch.allclose(direct, short, rtol=1e-12)
+    for a, b in zip(torch.autograd.grad(direct, (A, B)), torch.autograd.grad(short, (A, B))):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_barlow_is_zero_at_the_identity():
+    Z = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 3 + 5  # C = I
+    assert all(term.abs() < 1e-10 for term in ssl_losses.barlow_twins(Z, Z).values())
+
+
+def test_vbcreg_covariance_is_a_correlation():
+    Z = torch.randn(16, 40).cumsum(1)
+    term = ssl_losses.decorrelation(Z)
+    assert 0 <= term < 1
+    assert torch.allclose(term, ssl_losses.decorrelation(Z * torch.logspace(-2, 2, 40)), rtol=1e-4)
+    assert 0.9 < ssl_losses.decorrelation(torch.randn(16, 1).expand(16, 40)) < 1
+
+
+def test_losses_are_fp32_under_autocast():
+    Z1, Z2 = torch.randn(2, 16, 64)
+    for loss in (ssl_losses.barlow_twins, ssl_losses.vicreg, ssl_losses.vbcreg):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss(Z1, Z2)
+        assert all(torch.equal(inside[k], v) for k, v in loss(Z1, Z2).items())
+
+
+def test_iternorm_whitens():
+    Z = torch.randn(4000, 8) @ (torch.eye(8) + 0.15 * torch.randn(8, 8)) + 3
+    out = ssl_losses.IterNorm(8, group_size=8, T=7)(Z)
+    assert torch.allclose(out.mean(0), torch.zeros(8), atol=1e-4)
+    assert torch.allclose(out.T.cov(), torch.eye(8), atol=0.02)
+
+
+def test_iternorm_gradient():
+    layer = ssl_losses.IterNorm(4, group_size=2).double()
+    Z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, Z)
+
+
+def test_iternorm_running_statistics():
+    layer = ssl_losses.IterNorm(4, group_size=4, momentum=1.0)
+    Z = torch.randn(50, 4) * torch.tensor([1.0, 2, 3, 4])
+    trained = layer(Z)
+    fresh = ssl_losses.IterNorm(4, group_size=4)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.allclose(fresh.eval()(Z), trained, atol=1e-5)
+    assert torch.allclose(fresh(Z[:1]), fresh(Z)[:1], atol=1e-6)  # eval looks at no batch
+    assert torch.equal(fresh.running_mean, layer.running_mean)
+
+
+def test_iternorm_with_fewer_rows_than_features():
+    Z = torch.randn(4, 64, requires_grad=True)
+    out = ssl_losses.IterNorm(64)(Z)
+    out.square().sum().backward()
+    assert out.isfinite().all() and Z.grad.isfinite().all()
+
+
+# ---- maskgit.py ---------------------------------------------------------------------------------
+
+
+def test_masked_share():
+    s = torch.zeros(20000, 256, dtype=torch.long)
+    is_masked = maskgit.mask_tokens(s)
+    assert is_masked.float().mean().item() == pytest.approx(2 / math.pi, abs=0.01)
+    assert is_masked.sum(1).min() >= 1
+    assert is_masked.float().mean(0).std() < 0.01  # every position alike
+    linear = maskgit.mask_tokens(s, "linear").float().mean().item()
+    assert linear == pytest.approx(0.5, abs=0.01)
+
+
+def test_loss_looks_at_masked_tokens_only():
+    logits, s = torch.randn(3, 10, 5), torch.randint(5, (3, 10))
+    is_masked = maskgit.mask_tokens(s)
+    loss = maskgit.masked_cross_entropy(logits, s, is_masked)
+    other = logits + 100 * torch.randn_like(logits) * ~is_masked[..., None]
+    assert torch.equal(loss, maskgit.masked_cross_entropy(other, s, is_masked))
+    assert torch.allclose(loss, F.cross_entropy(logits[is_masked], s[is_masked]))
+
+
+@pytest.mark.parametrize("schedule", maskgit.SCHEDULES)
+def test_decoding_follows_the_schedule(schedule):
+    K, N, T = 6, 40, 8
+    s_M = torch.full((5, N), K)
+    canvases = maskgit.decode(lambda s: torch.randn(*s.shape, K), s_M, K, T, schedule)
+    for t in range(1, T + 1):
+        r = t / T
+        gamma = {"cosine": math.cos(math.pi / 2 * r), "linear": 1 - r, "square": 1 - r**2,
+                 "cubic": 1 - r**3}[schedule]
+        expected = min(math.floor(gamma * N + 1e-6), (canvases[t - 1][0] == K).sum().item() - 1)
+        assert ((canvases[t] == K).sum(1) == expected).all()
+        was_known = canvases[t - 1] != K
+        assert torch.equal(canvases[t][was_known], canvases[t - 1][was_known])
+    assert canvases[-1].max() < K
+
+
+def test_decoding_settles_one_entry_a_step_and_keeps_what_is_known():
+    K, N = 6, 12
+    s_M = torch.randint(K, (4, N)).masked_fill(torch.rand(4, N) < 0.5, K)
+    s_M[0] = K
+    s_M[1] = 2  # nothing to do
+    canvases = maskgit.decode(lambda s: torch.randn(*s.shape, K), s_M, K, 50)
+    counts = (canvases == K).sum(2)
+    assert ((counts[:-1] - counts[1:] >= 1) | (counts[:-1] == 0)).all() and (counts[-1] == 0).all()
+    assert torch.equal(canvases[-1][s_M != K], s_M[s_M != K])
+
+
+def test_decoding_finds_the_only_possible_sequence():
+    K, target = 5, torch.randint(5, (1, 20))
+    logits = torch.full((1, 20, K), -math.inf).scatter(2, target[..., None], 0.0)
+    s = maskgit.decode(lambda s: logits.expand(len(s), -1, -1), torch.full((3, 20), K), K)[-1]
+    assert torch.equal(s, target.expand(3, -1))
+
+
+def test_guidance():
+    prior = maskgit.MaskGIT(6, 8, n_classes=3, width=16, n_layers=1).eval()
+    s_M, y = torch.full((4, 8), 6), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(maskgit.guided(prior, y, 1.0)(s_M), prior(s_M, y))
+    assert torch.allclose(maskgit.guided(prior, y, 0.0)(s_M), prior(s_M), atol=1e-5)
+    two = prior(s_M) + 2 * (prior(s_M, y) - prior(s_M))
+    assert torch.allclose(maskgit.guided(prior, y, 2.0)(s_M), two, atol=1e-5)
+
+
+def test_label_dropout_in_training_only():
+    prior = maskgit.MaskGIT(6, 8, n_classes=3, width=16, n_layers=1, dropout=0, label_dropout=1.0)
+    s_M, y = torch.full((4, 8), 6), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(prior(s_M, y), prior(s_M, None))
+    prior.eval()
+    assert torch.equal(prior(s_M, y), prior(s_M, y))
+    assert not torch.allclose(prior(s_M, y)[0], prior(s_M, y)[1])
+
+
+def test_bound_of_a_uniform_prior_is_n_log_k():
+    K, N = 7, 12
+    bound = maskgit.nll_bound(lambda s: torch.zeros(*s.shape, K), torch.randint(K, (50, N)), K)
+    assert torch.allclose(bound, torch.full((50,), N * math.log(K)))
+
+
+def test_tokens_drawn_at_a_temperature():
+    distance = torch.tensor([0.0, 1.0, 3.0]).expand(200, 100, 3)
+    assert (train_stage2.draw_tokens(distance, 0) == 0).all()
+    share = F.one_hot(train_stage2.draw_tokens(distance, 2.0), 3).float().mean((0, 1))
+    assert torch.allclose(share, torch.tensor([0.0, -0.5, -1.5]).softmax(0), atol=0.02)
+
+
+# ---- data.py ------------------------------------------------------------------------------------
+
+
+def test_synthetic_set():
+    d = data.load("synthetic")
+    assert d.x_train.shape == (1000, 1, 128) and d.x_test.shape == (4000, 1, 128)
+    assert d.classes == ["1", "2", "3", "4"]
+    assert all(200 < n < 300 for n in d.y_train.bincount())
+    x, y = d.x_train * d.std + d.mean, d.y_train
+    assert torch.allclose(x.mean(2), torch.zeros(1000, 1), atol=1e-5)
+    assert torch.allclose(x.std(2), torch.ones(1000, 1), atol=1e-4)
+    ok, label, (start, l1, gap, l2) = fit_two_steps(x[:, 0])
+    assert ok.all() and torch.equal(label, y)
+    assert start.min() == 0 and start.max() > 60 and gap.min() == 0 and gap.max() > 60
+    for length in (l1, l2):
+        assert 16 <= length.min() <= 17 and length.max() == 32
+    assert torch.equal(d.x_train, data.load("synthetic").x_train)
+
+
+def fit_two_steps(x):
+    """Best two flat patterns of a TwoPatterns series x (n,128), by least squares over all pairs.
+
+    Returns whether x is well-formed (at most 6 samples off by over half a level, at most 3 of them
+    inside a pattern), its class 0..3, and start, first length, gap, second length.
+    """
+    T, l = torch.tensor([(t, l) for l in range(16, 33) for t in range(129 - l)]).T
+    middle, end = T + (l + 1) // 2, T + l
+    level = x.abs().topk(24, 1).values.median(1, keepdim=True).values
+    total = F.pad(x.cumsum(1), (1, 0))
+    fall = 2 * total[:, middle] - total[:, T] - total[:, end]  # of first half over second
+    cost = l * level**2 - 2 * level * fall.abs()  # against a background of zero
+    until = torch.full((len(x), 129), math.inf).scatter_reduce(1, end.expand_as(cost), cost, "amin")
+    since = torch.full((len(x), 129), math.inf).scatter_reduce(1, T.expand_as(cost), cost, "amin")
+    cut = until.cummin(1).values + since.flip(1).cummin(1).values.flip(1)
+    cut = cut.argmin(1, keepdim=True)
+    best = torch.stack([cost.where(end <= cut, math.inf).argmin(1),
+                        cost.where(T >= cut, math.inf).argmin(1)])  # (2,n)
+    t, shape = torch.arange(128), 0
+    for i in best:
+        sign = fall.gather(1, i[:, None]).sign()
+        first, second, last = (v[i][:, None] for v in (T, middle, end))
+        inside = ((t >= first) & (t < last)).float()
+        shape = shape + sign * level * inside * torch.where(t < second, 1.0, -1.0)
+    is_off = (x - shape).abs() > 0.5 * level
+    ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
+    is_up = torch.stack([fall.gather(1, i[:, None])[:, 0] < 0 for i in best])
+    params = T[best[0]], l[best[0]], T[best[1]] - end[best[0]], l[best[1]]
+    return ok, is_up[0] + 2 * is_up[1], params
+
+
+def test_synthetic_set_is_like_the_real_one():
+    real, ours = data.load("TwoPatterns", ucr("TwoPatterns")), data.load("synthetic")
+    real, ours = (torch.cat([d.x_train, d.x_test])[:, 0] for d in (real, ours))
+    assert (real.var(0) - ours.var(0)).abs().max() < 0.08
+    for lag in (1, 2, 4, 8, 16, 32):
+        a, b = ((x[:, lag:] * x[:, :-lag]).mean().item() for x in (real, ours))
+        assert a == pytest.approx(b, abs=0.02), lag
+    ok, label, params = fit_two_steps(real)
+    assert ok.all()
+    for a, b in zip(params, fit_two_steps(ours)[2]):
+        assert (a.float().mean() - b.float().mean()).abs() < 1.5
+
+
+def test_augmentations():
+    x = torch.randn(64, 2, 50)
+    assert torch.allclose(data.window_warp(x, slowest=1.0, fastest=1.0), x, atol=1e-4)
+    line = torch.linspace(0, 1, 50).expand(64, 2, 50)
+    warped = data.window_warp(line)
+    assert torch.allclose(warped[..., [0, -1]], line[..., [0, -1]], atol=1e-5)
+    assert (warped.diff() > 0).all() and not torch.allclose(warped, line, atol=0.02)
+    ratio = data.amplitude_resize(x) / x
+    assert torch.allclose(ratio, ratio[:, :1, :1].expand_as(x), rtol=1e-3)
+    assert 0.1 < ratio[:, 0, 0].std() < 0.3
+    shuffled = data.slice_and_shuffle(torch.arange(50.0).expand(64, 2, 50))
+    assert torch.equal(shuffled.sort(2).values, torch.arange(50.0).expand(64, 2, 50))
+    assert ((shuffled.diff() != 1).sum(2) <= 3).all() and (shuffled.diff() != 1).any()
+    assert (data.gaussian_noise(x) - x).std().item() == pytest.approx(0.05, abs=0.005)
+    assert torch.equal(data.augment(x, []), x)
+
+
+SHAPES = {"ECG5000": (500, 4499, 140, 5), "GunPoint": (50, 150, 150, 2),
+          "ItalyPowerDemand": (67, 1029, 24, 2), "DodgerLoopDay": (78, 80, 288, 7),
+          "AllGestureWiimoteX": (300, 700, 385, 10)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_real_files(name, capsys):
+    d = data.load(name, ucr(name))
+    n, m, L, n_classes = SHAPES[name]
+    assert d.x_train.shape == (n, 1, L) and d.x_test.shape == (m, 1, L)
+    assert len(d.classes) == n_classes and d.y_train.max() == n_classes - 1
+    assert d.x_train.isfinite().all() and d.x_test.isfinite().all()
+    assert d.x_train.mean().abs() < 1e-4 and d.x_train.std().item() == pytest.approx(1, abs=1e-3)
+    said = {"DodgerLoopDay": "11 with gaps filled", "AllGestureWiimoteX": "299 series stretched"}
+    assert said.get(name, "") in capsys.readouterr().out
+
+
+def test_ts_and_txt_are_the_same_set(tmp_path):
+    for ending in ("ts", "txt"):
+        source = ucr("ECG200", ending) / "ECG200"
+        (tmp_path / ending).mkdir()
+        for split in ("TRAIN", "TEST"):
+            shutil.copy(source / f"ECG200_{split}.{ending}", tmp_path / ending)
+    ts, txt = (data.load("ECG200", tmp_path / ending) for ending in ("ts", "txt"))
+    assert ts.classes == txt.classes == ["-1", "1"]
+    assert torch.allclose(ts.x_test, txt.x_test, atol=1e-5) and torch.equal(ts.y_test, txt.y_test)
+
+
+def table(folder, train, test="1 0 0 1 1 2 2 3 3\n2 1 0 2 1 4 2 5 3\n", ending="tsv"):
+    for split, text in (("TRAIN", train), ("TEST", test)):
+        (folder / f"Own_{split}.{ending}").write_text(text)
+    return folder
+
+
+def test_gaps_tails_and_labels_by_hand(tmp_path):
+    row = " ".join(map(str, range(10)))
+    short = "0 NaN 4 6 8 NaN 12 14 NaN NaN"  # eight samples long, two of them missing
+    folder = table(tmp_path, f"10 {row}\n9 {short}\n", f"9 {row}\n10 {row}\n")
+    d = data.load("Own", folder)
+    assert d.classes == ["9", "10"] and d.y_train.tolist() == [1, 0] and d.y_test.tolist() == [0, 1]
+    x = d.x_train * d.std + d.mean
+    assert torch.allclose(x[1, 0], torch.linspace(0, 14, 10), atol=1e-5)
+    assert torch.allclose(x[0, 0], torch.arange(10.0), atol=1e-5)
+
+
+def test_own_arrays_with_channels_and_without_labels(tmp_path):
+    x = np.random.default_rng(0).normal(size=(12, 3, 16))
+    np.savez(tmp_path / "own.npz", x_train=x * [[1], [10], [0]] + 5, x_test=x[:5])
+    d = data.load(str(tmp_path / "own.npz"))
+    assert d.x_train.shape == (12, 3, 16) and d.y_train is None and d.classes == []
+    assert torch.allclose(d.x_train.std((0, 2), correction=0), torch.tensor([1.0, 1, 0]), atol=1e-4)
+
+
+def test_huge_values_are_scaled(tmp_path):
+    rows = "\n".join(f"{c} " + " ".join(f"{v}e30" for v in range(c, c + 9)) for c in (1, 2))
+    assert data.load("Own", table(tmp_path, rows, rows)).x_train.abs().max() < 3
+
+
+# ---- download, from a server of our own ---------------------------------------------------------
+
+
+def zipped(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name.replace("__", "/").replace("_dot_", "."), text)
+    return buffer.getvalue()
+
+
+ROWS = "1 " + " ".join("123456789") + "\n2 " + " ".join("987654321") + "\n"
+GOOD = zipped(Own_TRAIN_dot_txt=ROWS, Own_TEST_dot_txt=ROWS, README_dot_md="more")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        bodies = {"good": GOOD, "cut": GOOD, "nozip": b"<html>hello</html>",
+                  "other": zipped(Else_TRAIN_dot_txt=ROWS), "empty": b"",
+                  "climbs": zipped(**{".." + "__Own_TRAIN_dot_txt": ROWS,
+                                      ".." + "__Own_TEST_dot_txt": ROWS})}
+        if kind == "slow":
+            time.sleep(1.5)
+        if kind not in bodies:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(bodies[kind])))
+        self.end_headers()
+        self.wfile.write(bodies[kind][: len(GOOD) // 2 if kind == "cut" else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_download(server, tmp_path):
+    data.load("Own", tmp_path, mirrors=[f"{server}/good/{{}}.zip"])
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["Own_TEST.txt", "Own_TRAIN.txt"]
+    assert data.load("Own", tmp_path, mirrors=[]).x_train.shape == (2, 1, 9)  # now from disk
+
+
+def test_downloads_at_once(server, tmp_path):
+    code = ("import data, sys, pathlib; data.fetch('Own', pathlib.Path(sys.argv[1]), "
+            "[sys.argv[2]])")
+    command = [sys.executable, "-c", code, str(tmp_path), f"{server}/good/{{}}.zip"]
+    both = [subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "Own").iterdir()) == ["Own_TEST.txt", "Own_TRAIN.txt"]
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", "404"), ("slow", "timed out"), ("cut", "cut off after"), ("nozip", "not a zip"),
+    ("other", "holds no Own_TRAIN"), ("climbs", "holds no Own_TRAIN"), ("empty", "not a zip"),
+])
+def test_failed_download(server, tmp_path, kind, message):
+    mirrors = [f"{server}/{kind}/{{}}.zip", "http://127.0.0.1:9/{}.zip"]
+    with pytest.raises(OSError, match=message) as error:
+        data.fetch("Own", tmp_path / "in", mirrors, timeout=0.5)
+    assert all(m.format("Own") in str(error.value) for m in mirrors)
+    assert "by hand" in str(error.value) and not list(tmp_path.rglob("*"))
+    data.fetch("Own", tmp_path / "in", [mirrors[0], f"{server}/good/{{}}.zip"], timeout=0.5)
+    assert len(list((tmp_path / "in" / "Own").iterdir())) == 2  # the mirror served
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+def test_probes():
+    Y = torch.tensor([[-1.0, 0], [-0.9, 0.2], [-0.8, -0.2], [1, 0], [0.9, 0.1], [0.8, -0.1]])
+    y = torch.tensor([0, 0, 0, 1, 1, 1])
+    probes = train_stage1.linear_probe, train_stage1.nearest_neighbours
+    for classify in probes:
+        assert torch.equal(classify(Y, y, Y + 0.05), y)
+    # one feature, +-1, C = 1: w^2/2 + n (1 - w)^2 per class is least at w = 2n/(1 + 2n)
+    W = []
+    for classify in (train_stage1.linear_probe,):
+        Y = torch.tensor([[1.0], [-1.0]])
+        eye = torch.eye(1)
+        assert classify(Y, torch.tensor([1, 0]), torch.cat([eye, -eye, 0.01 * eye])).tolist() == [1, 0, 1]
+    far = torch.cat([torch.zeros(2, 1), torch.ones(3, 1)])
+    assert train_stage1.nearest_neighbours(far, torch.tensor([0, 0, 1, 1, 1]), far[:1]).item() == 1
+
+
+def test_frechet_distance_by_hand():
+    a = torch.randn(5000, 3, dtype=torch.float64)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T  # exactly N(0, I)
+    b = a * torch.tensor([2.0, 1, 3]) + torch.tensor([1.0, 0, 0])
+    # |mu|^2 + sum (sigma_a - sigma_b)^2
+    assert sample.frechet_distance(a, b) == pytest.approx(1 + 1 + 0 + 4, abs=1e-6)
+    assert sample.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    flat = torch.randn(20, 2).repeat(1, 30)  # rank 2 of 60, fewer rows than features
+    assert sample.frechet_distance(flat, flat) == pytest.approx(0, abs=1e-3)
+    assert math.isfinite(sample.frechet_distance(flat, torch.randn(20, 60)))
+
+
+def test_inception_score_by_hand():
+    assert sample.inception_score(torch.zeros(10, 4)) == pytest.approx(1)
+    assert sample.inception_score(1000 * torch.eye(4).repeat(5, 1)) == pytest.approx(4)
+    half = torch.log(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    expected = math.exp(0.9 * math.log(1.8) + 0.1 * math.log(0.2))
+    assert sample.inception_score(half) == pytest.approx(expected)
+
+
+def test_nearest_distance():
+    x_train = torch.zeros(3, 1, 4) + torch.tensor([0.0, 5, 9]).view(3, 1, 1)
+    x = torch.ones(2, 1, 4) * torch.tensor([1.0, 5]).view(2, 1, 1)
+    assert sample.nearest_distance(x, x_train) == pytest.approx((2 + 0) / 2)
+
+
+# ---- the scripts --------------------------------------------------------------------------------
+
+STAGE1_FILES = {"stage1.pt", "stage1.jsonl", "metrics.json", "reconstructions.png", "stage1.png",
+                "views.png", "classes.png"}
+STAGE2_FILES = {"stage2.pt", "stage2.jsonl", "stage2.png"}
+SAMPLE_FILES = {"samples.npz", "samples.png", "decoding.png"}
+TERMS = {
+    "none": {"mse_x", "mse_u", "commitment"},
+    "barlow": {"invariance", "redundancy"},
+    "vicreg": {"similarity", "variance", "covariance"},
+    "vbcreg": {"similarity", "expressiveness", "decorrelation"},
+}
+
+
+@pytest.mark.parametrize("ssl", TERMS)
+def test_end_to_end(ssl, small, tmp_path, capsys):
+    run = tmp_path / "run"
+    script("train_stage1", "--dataset", small, "--ssl", ssl, "--run", run, *TINY1)
+    records = [json.loads(line) for line in (run / "stage1.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2]
+    assert TERMS[ssl] | TERMS["none"] | {"perplexity", "codes_used"} <= set(records[0])
+    before = weights(run / "stage1.pt")
+    script("train_stage2", "--run", run, *TINY2)
+    assert same(before, weights(run / "stage1.pt"))
+    script("sample", "--run", run, "--n", 7)
+    assert {p.name for p in run.iterdir()} == STAGE1_FILES | STAGE2_FILES | SAMPLE_FILES
+    with np.load(run / "samples.npz") as drawn:
+        assert drawn["x"].shape == (7, 1, 32) and drawn["s"].shape == (7, 5 * 8)
+        assert np.isfinite(drawn["x"]).all() and set(drawn["y"]) <= {"0", "1", "2"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert 0 <= metrics["stage1"]["linear_probe"] <= 1 and metrics["stage1"]["perplexity"] >= 1
+    assert metrics["stage2"]["uniform_nats_per_token"] == pytest.approx(math.log(32))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "seconds_per_step" in last and "peak_MiB" in last
+
+
+def test_same_seed_same_bits(small, finished, tmp_path):
+    script("train_stage1", "--dataset", small, "--run", tmp_path, *TINY1)
+    script("train_stage2", "--run", tmp_path, *TINY2)
+    for file in ("stage1.pt", "stage2.pt"):
+        assert same(weights(finished / file), weights(tmp_path / file))
+    drawn = []
+    for seed in (3, 3, 4):
+        script("sample", "--run", tmp_path, "--n", 4, "--seed", seed)
+        drawn.append(np.load(tmp_path / "samples.npz")["x"])
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "ECG200"])
+def test_real_input_through_all_scripts(name, tmp_path):
+    folder = ucr(name, "ts" if name == "ECG200" else "tsv")
+    script("train_stage1", "--dataset", name, "--data-dir", folder, "--run", tmp_path,
+           "--epochs", 1, "--proj-dim", 64)
+    script("train_stage2", "--run", tmp_path, "--epochs", 1)
+    script("sample", "--run", tmp_path, "--n", 1)
+    assert np.load(tmp_path / "samples.npz")["x"].shape == (1, 1, {**dict(
+        (k, v[2]) for k, v in SHAPES.items()), "ECG200": 96}[name])
+
+
+def test_channels_and_no_labels_through_all_scripts(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 3, 16)).cumsum(2)
+    np.savez(tmp_path / "own.npz", x_train=x, x_test=x[:6])
+    run = tmp_path / "run"
+    script("train_stage1", "--dataset", tmp_path / "own.npz", "--run", run, *TINY1)
+    script("train_stage2", "--run", run, *TINY2)
+    script("sample", "--run", run, "--n", 3)
+    script("sample", "--run", run, "--n", 3, "--impute", "4:9")
+    assert np.load(run / "samples.npz")["x"].shape == (3, 3, 16)
+
+
+def test_labels_and_priors(finished, tmp_path):
+    run = copy(finished, tmp_path)
+    for flags, labels in ((("--label", 2), {"2"}), (("--label", "none"), {""})):
+        script("sample", "--run", run, "--n", 5, *flags)
+        assert set(np.load(run / "samples.npz")["y"]) == labels
+    script("sample", "--run", run, "--n", 400, "--prior", "uniform")
+    share = np.bincount(np.load(run / "samples.npz")["s"].ravel(), minlength=32) / (400 * 40)
+    assert abs(share - 1 / 32).max() < 0.01
+
+
+def test_evaluation_and_imputation(finished, tmp_path):
+    run = copy(finished, tmp_path)
+    script("sample", "--run", run, "--n", 40, "--impute", "10:20")
+    script("sample", "--run", run, "--n", 40, "--evaluate", "--fcn-steps", 20)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics) == {"stage1", "stage2", "samples", "imputed"}
+    assert metrics["imputed"]["mse_mean_filling"] <= metrics["imputed"]["mse_one_filling"]
+    for of in ("real", "reconstructed", "generated"):
+        assert metrics["samples"][f"fid_{of}"] >= 0
+        assert 1 <= metrics["samples"][f"inception_{of}"] <= 3
+        assert 0 <= metrics["samples"][f"cas_{of}"] <= 1
+    assert metrics["samples"]["novelty"] > 0
