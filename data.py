@@ -456,13 +456,14 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(path, parts, stage, epoch, args, **more):
+def save(path, parts, args, log, more):
     """Write a checkpoint in plain types, whole or not at all.
 
-    parts: {name: module, optimiser or schedule}, saved by their state. more: anything plain.
+    parts: {name: module, optimiser or schedule}, saved by their state. log: a record for each epoch
+    done. more: {name: anything plain}.
     """
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"stage": stage, "epoch": epoch, "rng": torch.get_rng_state()} | more
+    state = {name: part.state_dict() for name, part in parts.items()} | more
+    state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
     state["flags"] = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "device")}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -481,7 +482,7 @@ def load_checkpoint(path, stage):
         if state["stage"] == stage:
             return state
         reason = f"it is of stage {state['stage']}"
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         reason = type(error).__name__
     raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
 
@@ -509,15 +510,15 @@ def resume(parser, args, path, stage):
 
 
 def restore(state, parts):
-    """Load a checkpoint (or None) into parts and the random state -> number of epochs done."""
+    """Load a checkpoint (or None) into parts and the random state -> its log, a record an epoch."""
     if state is None:
-        return 0
+        return []
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["epoch"]
+    return state["log"]
 
 
 def rebuild(kind, arguments, weights, device):
@@ -559,23 +560,10 @@ def finite_means(losses, names, epoch, run):
     return dict(zip(names, values.mean(0).tolist()))
 
 
-def start_log(path, n_epochs):
-    """Cut a .jsonl log to its first n_epochs lines (0 for a new run); what follows is stale."""
-    kept = path.read_text().splitlines(True)[:n_epochs] if n_epochs else []
+def write_lines(path, records):
+    """Write a .jsonl file: one record a line, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
-
-
-def append_line(path, record):
-    """Add one JSON line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(path):
-    """The log as {name: list of values, one an epoch}."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {name: [record[name] for record in records] for name in records[0]}
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def report(run, part, metrics):

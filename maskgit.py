@@ -116,9 +116,14 @@ def gumbel_like(x):
     return -torch.empty_like(x).exponential_().log()
 
 
+def lowest(score, n):
+    """A mask (B,N) that is True at the n (B,1) lowest entries of each row of score (B,N)."""
+    return score.argsort(1).argsort(1) < n
+
+
 @torch.no_grad()
 def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1.0,
-           choice_temperature=4.0):
+           choice_temperature=4.0, n_revisions=0):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps draws every masked entry from its own distribution (softened by
@@ -126,9 +131,13 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
     choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest of the n entries that
     were masked at first again. Known entries stay; at least one entry is settled a step.
 
-    Returns all canvases, (n_steps+1,B,N), s_M first; the last has no masked entry.
+    Each of n_revisions rounds after that masks the quarter of the n entries that look least
+    probable beside all others (with Gumbel noise) and refills it in three such steps.
+
+    Returns all canvases, (steps+1,B,N), s_M first; the last has no masked entry.
     """
-    n_missing = (s_M == mask_id).sum(1, keepdim=True)  # (B,1)
+    is_given = s_M != mask_id
+    n = (~is_given).sum(1, keepdim=True)  # (B,1)
     canvases = [s_M]
     for t in range(1, n_steps + 1):
         r = torch.tensor(t / n_steps)
@@ -137,12 +146,17 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
         score = log_p.gather(2, drawn[..., None])[..., 0]
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
-        score = score.masked_fill(~is_masked, math.inf)
-        n_left = (SCHEDULES[schedule](r) * n_missing + 1e-4).floor()
+        n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # 1e-4: floor(7.9999999) is 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)
-        is_left = score.argsort(1).argsort(1) < n_left
+        is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
         canvases.append(s_M)
+    for _ in range(n_revisions):
+        log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
+        score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
+        s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)
+        canvases += decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature)
+        s_M = canvases[-1]
     return torch.stack(canvases)
 
 

@@ -49,6 +49,8 @@ def flags():
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=4.0,
         help="of the order in which entries are settled (default 4)")
+    add("--revisions", type=data.number(int, 0), default=5,
+        help="rounds that redraw the least probable quarter (default 5; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
     data.run_flags(parser, trains=False)
     return parser
@@ -84,7 +86,7 @@ def generate(vqvae, prior, y, s_M, args):
         if prior is not None:
             logits_fn = guided(prior, None if y is None else y[i : i + BATCH], args.guidance)
         canvases = decode(logits_fn, s_M[i : i + BATCH], K, args.steps, args.schedule,
-                          args.temperature, args.choice_temperature)
+                          args.temperature, args.choice_temperature, args.revisions)
         parts.append((canvases[-1], vqvae.detokenise(canvases[-1]), canvases[:, 0]))
     s, x, canvases = zip(*parts)
     return torch.cat(s), torch.cat(x), canvases[0]
@@ -212,16 +214,16 @@ def draw_samples(run, d, x, y):
 
 def draw_decoding(run, canvases, grid, K):
     """The token grid of one series after each step: frequency upwards, time to the right."""
-    columns = min(6, len(canvases))
+    columns = min(8, len(canvases))
     rows = math.ceil(len(canvases) / columns)
-    figure = Figure(figsize=(1.6 * columns, 1.4 * rows), layout="constrained")
+    figure = Figure(figsize=(1.4 * columns, 1.3 * rows), layout="constrained")
     for t, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if t < len(canvases):
             s = canvases[t].view(grid).cpu().numpy()
             axis.imshow(np.ma.masked_equal(s, K), vmin=0, vmax=K - 1, origin="lower",
-                        cmap="viridis")
-            axis.set_title(f"step {t}: {(s == K).sum()} masked", fontsize=8)
+                        cmap="viridis", aspect="auto")
+            axis.set_title(f"{t}: {(s == K).sum()} masked", fontsize=8)
     data.save_figure(run / "decoding.png", figure)
 
 

@@ -49,14 +49,13 @@ def barlow_twins(Z1, Z2, lambd=0.005):
 
     C = Z1^T Z2 / B with every feature standardised over the batch, by the biased deviation, so
     that identical views give C_ii = 1.
-    # NOTE(differs) Zbontar et al. do not divide by F; the follow-up does, and so the weight of
-    the loss does not depend on the projector's width.
     """
     with full_precision(Z1, Z2) as (Z1, Z2):
         B, F = Z1.shape
         Z1 = (Z1 - Z1.mean(0)) / Z1.std(0, correction=0).clamp_min(1e-5)
         Z2 = (Z2 - Z2.mean(0)) / Z2.std(0, correction=0).clamp_min(1e-5)
         C_diagonal = (Z1 * Z2).mean(0)
+        # NOTE(differs): the paper does not divide by F; here no weight depends on the width
         return {
             "invariance": (1 - C_diagonal).square().sum() / F,
             "redundancy": lambd * off_diagonal_squares(Z1, Z2) / B**2 / F,
@@ -64,21 +63,19 @@ def barlow_twins(Z1, Z2, lambd=0.005):
 
 
 def similarity(Z1, Z2):
-    """Mean squared distance of the two views, eq. (1).
-
-    # NOTE(differs) eq. (1) sums over the F features; here it is their mean, as in all public code,
-    else the weights beside it would depend on F.
-    """
+    """Mean squared distance of the two views, eq. (1): (B,F), (B,F) -> scalar."""
+    # NOTE(differs): eq. (1) sums over the F features; their mean keeps its weight free of F
     return (Z1 - Z2).square().mean()
 
 
 def expressiveness(Z, gamma=1.0, eps=1e-4):
     """FcE or variance term: mean_f relu(gamma - sqrt(Var(Z_f) + eps)), Z (B,F).
 
-    # NOTE(differs) the thesis names the term and leaves its equation out; this is VICReg's. It
-    holds each feature's deviation over the batch above gamma, so that views cannot agree by all
-    being equal. Var has the 1/(B-1) form; branches are summed, not halved.
+    Holds each feature's deviation over the batch above gamma, so that the views cannot agree by
+    all being the same. Var is the 1/(B-1) estimate.
     """
+    # NOTE(differs): the thesis leaves the equation out; this is VICReg's, and the callers sum it
+    # over both branches as its paper does, where its code takes the mean
     return torch.relu(gamma - (Z.var(0) + eps).sqrt()).mean()
 
 
@@ -102,9 +99,9 @@ def decorrelation(Z):
 
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.
-    # NOTE(differs) the text lacks the 1/B in Zbar, and its factor 1/(B-1) belongs to a covariance,
-    not to columns that are already normalised.
     """
+    # NOTE(differs): the text lacks the 1/B in Zbar, and its factor 1/(B-1) belongs to a covariance,
+    # not to columns that are normalised already
     U = nn.functional.normalize(Z - Z.mean(0), dim=0)
     return off_diagonal_squares(U, U) / Z.shape[1] ** 2
 

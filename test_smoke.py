@@ -772,3 +772,302 @@ def test_evaluation_and_imputation(finished, tmp_path):
         assert 1 <= metrics["samples"][f"inception_{of}"] <= 3
         assert 0 <= metrics["samples"][f"cas_{of}"] <= 1
     assert metrics["samples"]["novelty"] > 0
+
+
+# ---- interruption and starting over -------------------------------------------------------------
+
+LONG1 = ("--epochs", 30, "--batch-size", 16, "--proj-dim", 64, "--device", "cpu", "--save-every", 3)
+LONG2 = ("--epochs", 30, "--batch-size", 16, "--device", "cpu", "--save-every", 3)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(small, tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    script("train_stage1", "--dataset", small, "--run", run, *LONG1)
+    script("train_stage2", "--run", run, *LONG2)
+    return run
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("how, after", [(signal.SIGTERM, 4), (signal.SIGINT, 11),
+                                        (signal.SIGKILL, 5)])
+def test_interrupted_and_resumed_ends_bit_equal(stage, how, after, small, uninterrupted, tmp_path):
+    name, flags = f"train_stage{stage}", LONG1 if stage == 1 else LONG2
+    flags = (*flags, *(("--dataset", small) if stage == 1 else ()))
+    if stage == 2:
+        shutil.copy(uninterrupted / "stage1.pt", tmp_path)
+    log = tmp_path / f"stage{stage}.jsonl"
+    process = program(name, "--run", tmp_path, *flags)
+    while not log.exists() or len(log.read_text().splitlines()) < after:
+        time.sleep(0.005)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(how)
+    error = process.communicate()[1]
+    state = torch.load(tmp_path / f"stage{stage}.pt", weights_only=True)
+    assert process.returncode != 0 and 3 <= state["epoch"] < 30
+    if how != signal.SIGKILL:
+        assert f"stopped after epoch {state['epoch']}; go on with" in error
+    with pytest.raises(ValueError, match="--resume, or choose another --run"):
+        script(name, "--run", tmp_path, *flags)
+    script(name, "--run", tmp_path, "--resume", *(flags if how == signal.SIGTERM else ()))
+    for file in (f"stage{stage}.pt", log.name):
+        a, b = tmp_path / file, uninterrupted / file
+        assert a.read_text() == b.read_text() if file == log.name else same(weights(a), weights(b))
+
+
+def test_a_kill_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "stage1.pt"
+    path.write_text("whole")
+    code = ("import data, os, pathlib, sys\nwith data.replacing(pathlib.Path(sys.argv[1])) as t:\n"
+            "    t.write_text('ha')\n    os.kill(os.getpid(), 9)")
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=HERE).returncode == -9
+    assert path.read_text() == "whole"
+    with pytest.raises(RuntimeError), data.replacing(tmp_path / "new") as temporary:
+        temporary.write_text("ha")
+        raise RuntimeError
+    assert not (tmp_path / "new").exists() and not temporary.exists()
+
+
+def test_a_finished_run_says_so(finished, tmp_path, capsys):
+    run = copy(finished, tmp_path)
+    script("train_stage2", "--run", run, "--resume")
+    assert "all 2 epochs are done already" in capsys.readouterr().out
+    assert same(weights(run / "stage2.pt"), weights(finished / "stage2.pt"))
+
+
+def test_stages_that_do_not_belong_together(finished, small, tmp_path):
+    run = copy(finished, tmp_path)
+    (run / "stage1.pt").unlink()
+    script("train_stage1", "--dataset", small, "--run", run, "--seed", 5, *TINY1)
+    with pytest.raises(ValueError, match="tokens of another stage1.pt"):
+        script("sample", "--run", run)
+    with pytest.raises(ValueError, match="stage1.pt has changed since"):
+        script("train_stage2", "--run", run, "--resume")
+
+
+def test_newest_run(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("old", "new")):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "stage2.pt", (i + 1, i + 1))
+    script("sample", "--n", 2)
+    assert "run: runs/new" in capsys.readouterr().out
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+GOOD_ROW = "1 " + " ".join("12345678") + "\n"
+
+
+def ts(header="", rows="1,2,3,4,5,6,7,8:a\n8,7,6,5,4,3,2,1:b\n"):
+    return "@univariate true\n@classLabel true a b\n" + header + "@data\n" + rows
+
+
+FILES = {  # bad training file, ending -> message
+    "comma": ("1,2,3,4\n", "tsv", r"line 1: 0 values after the label, expected 1, separated by"),
+    "ragged": (GOOD_ROW + "2 1 2 3\n", "tsv", r"TRAIN.tsv, line 2: 3 values .* expected 8"),
+    "text": (GOOD_ROW + "2 1 2 3 4 x 6 7 8\n", "tsv", r"TRAIN.tsv, line 2: could not convert .*'x'"),
+    "infinite": (GOOD_ROW + "2 1 2 3 inf 5 6 7 8\n", "tsv", r"line 2: an infinite value"),
+    "empty": ("", "tsv", r"Own: 0 training and 2 test series"),
+    "one row": (GOOD_ROW, "tsv", r"Own: 1 training and 2 test series; needs 2"),
+    "all NaN": (GOOD_ROW + "2" + " NaN" * 8 + "\n", "tsv", r"train series 2: 0 channels with any"),
+    "short": ("1 1 2 3\n2 3 2 1\n", "tsv", r"series of 3 samples; at least 8"),
+    "label": ("7 1 2 3 4 5 6 7 8\n" * 2, "tsv", r"test labels \['1', '2'\] do not occur in .*\['7'\]"),
+    "binary": (b"\xff\xfe\x00\x81", "tsv", r"TRAIN.tsv: not a text file"),
+    "ts label": (ts(rows="1,2,3,4,5,6,7,8:c\n"), "ts", r"line 4: label 'c' is not in @classLabel"),
+    "ts length": (ts("@seriesLength 9\n"), "ts", r"line 5: 1 channels of 8 values, but 1 of 9"),
+    "ts equal": (ts("@equalLength true\n", "1,2,3,4,5,6,7,8:a\n1,2:b\n"), "ts", r"but 1 of 8 by"),
+    "ts channels": (ts(rows="1,2,3:4,5,6:a\n"), "ts", r"line 4: 2 channels of 3 values, but 1 of"),
+    "ts ragged": (ts(rows="1,2,3:4,5:a\n"), "ts", r"line 4: no channels of one length"),
+    "ts text": (ts(rows="1,2,z:a\n"), "ts", r"line 4: could not convert string to float: 'z'"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files(case, tmp_path):
+    text, ending, message = FILES[case]
+    good = ts() if ending == "ts" else GOOD_ROW + "2" + GOOD_ROW[1:]
+    table(tmp_path, "" if isinstance(text, bytes) else text, good, ending)
+    if isinstance(text, bytes):
+        (tmp_path / "Own_TRAIN.tsv").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        data.load("Own", tmp_path)
+
+
+X = np.arange(40.0).reshape(4, 10)
+ARRAYS = {
+    "name": ({"train": X}, r"no array x_train; it holds \['train'\]"),
+    "no test": ({"x_train": X}, r"no array x_test"),
+    "shape": ({"x_train": X[0], "x_test": X}, r"x_train must be finite numbers of shape \(N,L\)"),
+    "type": ({"x_train": X.astype(str), "x_test": X}, r"x_train must be finite numbers"),
+    "infinite": ({"x_train": X + np.inf, "x_test": X}, r"x_train must be finite numbers"),
+    "labels": ({"x_train": X, "y_train": X[0], "x_test": X}, r"y_train has shape \(10,\)"),
+    "channels": ({"x_train": X, "x_test": X.reshape(4, 2, 5)}, r"test series 1: 2 channels"),
+    "objects": ({"x_train": np.array([X, "a"], object), "x_test": X}, r"not an .npz of plain"),
+    "constant and missing": ({"x_train": X * np.nan, "x_test": X}, r"series of 0 samples"),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_bad_arrays(case, tmp_path):
+    arrays, message = ARRAYS[case]
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path / "own.npz"))
+
+
+FLAGS = {  # script, flags -> message; all end with exit code 2
+    ("train_stage1", "--epochs", 0): "0 is not between 1 and inf",
+    ("train_stage1", "--epochs", "ten"): "invalid int value: 'ten'",
+    ("train_stage1", "--batch-size", 1): "1 is not between 2",
+    ("train_stage1", "--lr", -1): "-1 is not between 0 and 1",
+    ("train_stage1", "--lr", "nan"): "nan is not between 0 and 1",
+    ("train_stage1", "--codebook-size", 1): "1 is not between 2 and 65536",
+    ("train_stage1", "--proj-dim", 100): "--proj-dim 100 is not a multiple of 64",
+    ("train_stage1", "--ssl", "simclr"): "invalid choice: 'simclr'",
+    ("train_stage1", "--ssl-weight", -0.1): "-0.1 is not between 0",
+    ("train_stage1", "--views", 3): "invalid choice: 3",
+    ("train_stage1", "--augment", "flip"): "invalid choice: 'flip'",
+    ("train_stage1", "--seed", -1): "-1 is not between 0",
+    ("train_stage1", "--save-every", 0): "0 is not between 1",
+    ("train_stage1", "--device", "tpu"): "invalid choice: 'tpu'",
+    ("train_stage2", "--schedule", "sine"): "invalid choice: 'sine'",
+    ("train_stage2", "--dropout", 1): "1 is not between 0 and 0.9",
+    ("train_stage2", "--token-temperature", -1): "-1 is not between 0",
+    ("train_stage2", "--batch-size", 0): "0 is not between 1",
+    ("train_stage2", "--resume", "--lr", 0.5): "--lr 0.5 contradicts",
+    ("train_stage1", "--resume", "--ssl", "none", "--dataset", "small"): "--dataset small contradicts",
+    ("sample", "--n", 0): "0 is not between 1",
+    ("sample", "--steps", 0): "0 is not between 1",
+    ("sample", "--temperature", -1): "-1 is not between 0",
+    ("sample", "--guidance", -1): "-1 is not between 0",
+    ("sample", "--label", "9"): "--label 9: the classes are 0, 1, 2",
+    ("sample", "--impute", "9"): "invalid stretch value: '9'",
+    ("sample", "--impute", "20:10"): "START must be below END",
+    ("sample", "--impute", "20:33"): "--impute ends at 33, but the series have 32 samples",
+    ("sample", "--label", "1", "--evaluate"): "--evaluate needs labelled data",
+    ("sample", "--prior", "ar"): "invalid choice: 'ar'",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS, ids=lambda c: " ".join(map(str, c)))
+def test_bad_flags(command, finished, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(command[0], *command[1:], "--run", finished)
+    assert stop.value.code == 2 and FLAGS[command] in capsys.readouterr().err
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-code-ran",)
+
+
+CHECKPOINTS = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+    "text": lambda path: path.write_text("hello"),
+    "foreign": lambda path: torch.save({"weights": torch.ones(3)}, path),
+    "a list": lambda path: torch.save([torch.ones(3)], path),
+    "other stage": lambda path: shutil.copy(path.parent / "stage1.pt", path),
+    "hostile": lambda path: torch.save(Hostile(), path),
+    "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_bad_checkpoints(case, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = copy(finished, tmp_path)
+    CHECKPOINTS[case](run / "stage2.pt")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    for name, flags in (("sample", ()), ("train_stage2", ("--resume",))):
+        with pytest.raises(ValueError, match="stage2.pt: not a whole stage-2 checkpoint"):
+            script(name, "--run", run, *flags)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert not (tmp_path / "hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("train_stage1", ("--dataset", "absent.npz"), "No such file or directory: 'absent.npz'"),
+    ("train_stage1", ("--run", "/proc/run"), "/proc/run"),
+    ("train_stage2", (), "no runs/*/stage1.pt here; train that stage first"),
+    ("sample", ("--run", "nowhere"), "nowhere/stage1.pt: not there; run train_stage1.py first"),
+    ("sample", ("--device", "cuda"), "no CUDA device here" if not torch.cuda.is_available() else "no"),
+])
+def test_one_line_and_exit_code_1(name, flags, message, tmp_path):
+    process = program(name, *flags, cwd=tmp_path)
+    error = process.communicate()[1].strip().splitlines()
+    assert process.returncode == 1 and len(error) == 1 and message in error[0]
+    assert error[0].startswith(f"{name}.py: ") and not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    with pytest.raises(ValueError, match=r"mse_u became nan in epoch 3, step 2; .* is kept"):
+        data.finite_means([torch.ones(2), torch.tensor([1.0, math.nan])], ["mse_x", "mse_u"], 2, "r")
+    with np.load(small) as arrays:
+        arrays = dict(arrays)
+    arrays["x_train"][3] = 1e38  # overflows where it is squared
+    arrays["x_train"][4:] = arrays["x_train"][4:] * 0
+    np.savez(tmp_path / "huge.npz", **arrays)
+    script("train_stage1", "--dataset", tmp_path / "huge.npz", "--run", tmp_path / "a", *TINY1)
+    with pytest.raises(ValueError, match="in epoch 1, step"):
+        script("train_stage1", "--dataset", small, "--run", tmp_path / "b", *TINY1, "--ssl-weight",
+               1e38)
+    assert not (tmp_path / "b" / "stage1.pt").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ("--batch-size", 1000), ("--batch-size", 39), ("--codebook-size", 5000),
+])
+def test_odd_sizes(flags, small, tmp_path):
+    script("train_stage1", "--dataset", small, "--run", tmp_path, "--proj-dim", 64, "--epochs", 1,
+           *flags)
+    script("train_stage2", "--run", tmp_path, "--epochs", 1, "--batch-size", 39)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "stage1.pt"))
+
+
+@pytest.mark.parametrize("y", [["a"] * 40, ["b"] * 39 + ["a"]])
+def test_one_class_and_a_class_of_one(y, small, tmp_path):
+    with np.load(small) as arrays:
+        arrays = dict(arrays) | {"y_train": np.array(y), "y_test": np.array(y[16:])}
+    np.savez(tmp_path / "own.npz", **arrays)
+    script("train_stage1", "--dataset", tmp_path / "own.npz", "--run", tmp_path / "run", *TINY1)
+    script("train_stage2", "--run", tmp_path / "run", *TINY2)
+    script("sample", "--run", tmp_path / "run", "--n", 30, "--evaluate", "--fcn-steps", 3)
+
+
+# ---- every flag has an effect -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ("--seed", 1), ("--augment", "gaussian_noise"), ("--views", 2), ("--epochs", 1),
+    ("--batch-size", 8), ("--lr", 0.1), ("--proj-dim", 128), ("--codebook-size", 8),
+    ("--ssl-weight", 0.5), ("--ssl", "barlow"),
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_stage1_flags(flags, small, finished, tmp_path):
+    script("train_stage1", "--dataset", small, "--run", tmp_path, *TINY1, *flags)
+    assert not same(weights(finished / "stage1.pt"), weights(tmp_path / "stage1.pt"))
+
+
+@pytest.mark.parametrize("flags", [
+    ("--seed", 1), ("--epochs", 1), ("--batch-size", 8), ("--lr", 0.1), ("--schedule", "linear"),
+    ("--token-temperature", 9), ("--dropout", 0.5),
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_stage2_flags(flags, finished, tmp_path):
+    shutil.copy(finished / "stage1.pt", tmp_path)
+    script("train_stage2", "--run", tmp_path, *TINY2, *flags)
+    assert not same(weights(finished / "stage2.pt"), weights(tmp_path / "stage2.pt"))
+
+
+@pytest.mark.parametrize("flags", [
+    ("--seed", 1), ("--label", "1"), ("--steps", 3), ("--schedule", "linear"),
+    ("--temperature", 0.1), ("--choice-temperature", 0), ("--guidance", 3), ("--prior", "uniform"),
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_sample_flags(flags, finished, tmp_path):
+    run = copy(finished, tmp_path)
+    drawn = []
+    for more in ((), flags):
+        script("sample", "--run", run, "--n", 30, *more)
+        drawn.append(np.load(run / "samples.npz")["s"])
+    assert not np.array_equal(*drawn)

@@ -10,6 +10,7 @@ Notation as in vqvae.py and ssl_losses.py.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -51,8 +52,10 @@ def flags():
         help="F, a multiple of 64 (default 1024; published 4096)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=data.number(int, 1), default=150, help="default 150; the thesis has 1000")
-    add("--batch-size", type=data.number(int, 2), default=128, help="B (default 128)")
-    add("--lr", type=data.number(float, 0, 1), default=3e-3, help="AdamW (default 3e-3)")
+    add("--batch-size", type=data.number(int, 2), default=64,
+        help="B, at most; an epoch is cut into batches of one size (default 64; published 128)")
+    add("--lr", type=data.number(float, 0, 1), default=5e-3,
+        help="highest of AdamW's one-cycle schedule (default 5e-3; published 1e-3)")
     data.run_flags(parser, trains=True)
     return parser
 
@@ -158,20 +161,20 @@ def draw_reconstructions(run, model, d):
     data.save_figure(run / "reconstructions.png", figure)
 
 
-def draw_curves(run, counts):
+def draw_curves(run, log, counts):
     """Loss terms and use of the code book over the epochs; how often each code is chosen now."""
-    log = data.read_log(run / "stage1.jsonl")
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    epoch, perplexities, codes_used = (log.pop(k) for k in ("epoch", "perplexity", "codes_used"))
-    for name, values in log.items():
+    curves = {name: [record[name] for record in log] for name in log[0]}
+    epoch = curves.pop("epoch")
+    middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
+    middle.plot(epoch, [v * len(counts) for v in curves.pop("codes_used")], label="codes in use")
+    middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
+    middle.legend(fontsize=8)
+    for name, values in curves.items():
         left.plot(epoch, values, label=name, ls="--" if "view" in name else "-")
     left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted")
     left.legend(fontsize=7)
-    middle.plot(epoch, perplexities, label="perplexity")
-    middle.plot(epoch, [share * len(counts) for share in codes_used], label="codes in use")
-    middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
-    middle.legend(fontsize=8)
     shares = (counts / counts.sum()).sort(descending=True).values.numpy()
     right.bar(range(len(counts)), shares, width=0.9)
     right.axhline(1 / len(counts), color="0.5", ls=":", label="all alike")
@@ -212,6 +215,8 @@ def draw_classes(run, model, d, title):
 if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
+    if args.proj_dim % 64:
+        parser.error(f"--proj-dim {args.proj_dim} is not a multiple of 64, IterNorm's group")
     run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
     device = data.begin(args)
     args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
@@ -221,8 +226,7 @@ if __name__ == "__main__":
 
     d = data.load(args.dataset, args.data_dir, device)
     n, C, L = d.x_train.shape
-    B = min(args.batch_size, n)
-    n_steps = n // B  # an epoch; a smaller last batch is left out, the order is new every epoch
+    n_steps = max(1, min(math.ceil(n / args.batch_size), n // 2))  # an epoch; B >= 2 for BatchNorm
 
     K = args.codebook_size
     arguments = dict(L=L, C=C, D=64, K=K)
@@ -230,20 +234,25 @@ if __name__ == "__main__":
     project = nn.Identity()
     if args.ssl != "none":
         project = projector(64, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
-    optimiser = torch.optim.AdamW([*model.parameters(), *project.parameters()], args.lr,
-                                  weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs * n_steps)
+    weights = [*model.parameters(), *project.parameters()]
+    # NOTE(differs): warm-up, beta2, clipping and batch reach in 40 epochs what took 150 without
+    optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.1, cycle_momentum=False
+    )
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
-    first_epoch = data.restore(state, parts)
-    data.start_log(run / "stage1.jsonl", first_epoch)
+    constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), C, L])
+    log = data.restore(state, parts)
+    data.write_lines(run / "stage1.jsonl", log)
 
-    began = time.perf_counter()
+    began, first_epoch = time.perf_counter(), len(log)
     for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
         losses, counts = [], torch.zeros(K, device=device)
-        for rows in torch.randperm(n, device=device)[: n_steps * B].split(B):
+        for rows in torch.randperm(n, device=device).tensor_split(n_steps):
             terms, s = stage1_losses(model, project, d.x_train[rows], args)
             optimiser.zero_grad()
             sum(terms.values()).backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             schedule.step()
             losses.append(torch.stack(list(terms.values())).detach())
@@ -251,17 +260,17 @@ if __name__ == "__main__":
         record = data.finite_means(losses, list(terms), epoch, run)
         record |= {"perplexity": perplexity(counts).item(),
                    "codes_used": (counts > 0).float().mean().item()}
-        data.append_line(run / "stage1.jsonl", {"epoch": epoch + 1} | record)
+        log.append({"epoch": epoch + 1} | record)
+        data.write_lines(run / "stage1.jsonl", log)
         if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage1.pt", parts, 1, epoch + 1, args, arguments=arguments,
-                      shape=[len(d.classes), C, L])
+            data.save(run / "stage1.pt", parts, args, log, constants)
         if stop:
             sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
-    cost = data.cost(began, n_steps * (args.epochs - first_epoch), B, device)
+    cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     model.eval()
     metrics, counts = evaluate(model, d, K)
-    draw_curves(run, counts)
+    draw_curves(run, log, counts)
     draw_reconstructions(run, model, d)
     draw_views(run, d.x_train, args.augment)
     if d.classes:

@@ -65,14 +65,14 @@ def bound(prior, s, y):
     return total / BOUND_DRAWS / len(s)
 
 
-def draw_curves(run):
+def draw_curves(run, log):
     """Loss and accuracy on the masked tokens over the epochs."""
-    log = data.read_log(run / "stage2.jsonl")
+    epoch, loss, accuracy = ([record[k] for record in log] for k in ("epoch", "loss", "accuracy"))
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(log["epoch"], log["loss"])
+    left.plot(epoch, loss)
     left.set(xlabel="epoch", ylabel="cross-entropy, nats a masked token")
-    right.plot(log["epoch"], log["accuracy"])
+    right.plot(epoch, accuracy)
     right.set(xlabel="epoch", ylabel="accuracy on masked tokens", ylim=(0, 1))
     data.save_figure(run / "stage2.png", figure)
 
@@ -104,10 +104,11 @@ if __name__ == "__main__":
         optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.05, cycle_momentum=False
     )
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
-    first_epoch = data.restore(state, parts)
-    data.start_log(run / "stage2.jsonl", first_epoch)
+    constants = dict(stage=2, arguments=arguments, tokens_of=tokens_of)
+    log = data.restore(state, parts)
+    data.write_lines(run / "stage2.jsonl", log)
 
-    began = time.perf_counter()
+    began, first_epoch = time.perf_counter(), len(log)
     for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
         losses = []
         s_train = draw_tokens(distance, args.token_temperature)
@@ -124,10 +125,10 @@ if __name__ == "__main__":
             is_right = (logits.detach().argmax(-1) == s) & is_masked
             losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum()]))
         record = data.finite_means(losses, ["loss", "accuracy"], epoch, run)
-        data.append_line(run / "stage2.jsonl", {"epoch": epoch + 1} | record)
+        log.append({"epoch": epoch + 1} | record)
+        data.write_lines(run / "stage2.jsonl", log)
         if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage2.pt", parts, 2, epoch + 1, args, arguments=arguments,
-                      tokens_of=tokens_of)
+            data.save(run / "stage2.pt", parts, args, log, constants)
         if stop:
             sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), B, device)
@@ -135,6 +136,6 @@ if __name__ == "__main__":
     prior.eval()
     s_test = distances(vqvae, d.x_test).argmin(-1)
     nats = bound(prior, s_test, d.y_test)
-    draw_curves(run)
+    draw_curves(run, log)
     data.report(run, "stage2", {"test_nats_per_series": nats, "test_nats_per_token": nats / N,
                                 "uniform_nats_per_token": math.log(K)} | cost)
