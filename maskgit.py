@@ -52,6 +52,7 @@ def mask_tokens(s, schedule="cosine"):
 def masked_cross_entropy(logits, s, is_masked):
     """Mean K-way cross-entropy over the masked entries only: logits (B,N,K), s (B,N) -> scalar."""
     # NOTE(differs): the thesis says binary cross-entropy, but an entry has K outcomes
+    # NOTE(differs): of all logits; known entries are in the input and teach nothing
     losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")  # (B,N)
     return losses.where(is_masked, 0).sum() / is_masked.sum()
 
@@ -87,7 +88,7 @@ class MaskGIT(nn.Module):
     def forward(self, s_M, y=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
-        if self.training:
+        if self.training:  # NOTE(differs): not while sampling, as elsewhere
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
@@ -151,7 +152,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
         canvases.append(s_M)
-    for _ in range(n_revisions):
+    for _ in range(n_revisions):  # NOTE(differs): MaskGIT never looks back
         log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
         score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
         s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)

@@ -41,6 +41,7 @@ def off_diagonal_squares(A, B):
     """
     if len(A) >= A.shape[1]:
         return (A.T @ B).square().fill_diagonal_(0).sum()
+    # NOTE(differs): public code forms the F x F matrix
     return ((A @ A.T) * (B @ B.T)).sum() - (A * B).sum(0).square().sum()
 
 

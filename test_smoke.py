@@ -387,6 +387,18 @@ def test_decoding_settles_one_entry_a_step_and_keeps_what_is_known():
     assert torch.equal(canvases[-1][s_M != K], s_M[s_M != K])
 
 
+def test_revisions_keep_what_is_given():
+    K, N = 6, 40
+    s_M = torch.randint(K, (4, N)).masked_fill(torch.rand(4, N) < 0.7, K)
+    canvases = maskgit.decode(lambda s: torch.randn(*s.shape, K), s_M, K, 5, n_revisions=3)
+    assert len(canvases) == 1 + 5 + 3 * 4 and canvases[-1].max() < K
+    assert (canvases[:, s_M != K] == s_M[s_M != K]).all()
+    n_again = (canvases[6] == K).sum(1)
+    assert torch.equal(n_again, (s_M == K).sum(1) // 4)
+    sure = torch.full((4, N, K), -9.0).scatter(2, canvases[-1][..., None], 9.0)
+    assert torch.equal(maskgit.decode(lambda s: sure, s_M, K, n_revisions=2)[-1], canvases[-1])
+
+
 def test_decoding_finds_the_only_possible_sequence():
     K, target = 5, torch.randint(5, (1, 20))
     logits = torch.full((1, 20, K), -math.inf).scatter(2, target[..., None], 0.0)
@@ -1043,7 +1055,7 @@ def test_one_class_and_a_class_of_one(y, small, tmp_path):
 @pytest.mark.parametrize("flags", [
     ("--seed", 1), ("--augment", "gaussian_noise"), ("--views", 2), ("--epochs", 1),
     ("--batch-size", 8), ("--lr", 0.1), ("--proj-dim", 128), ("--codebook-size", 8),
-    ("--ssl-weight", 0.5), ("--ssl", "barlow"),
+    ("--ssl-weight", 0.5), ("--ssl", "barlow"), ("--token-noise", 0),
 ], ids=lambda flags: " ".join(map(str, flags)))
 def test_stage1_flags(flags, small, finished, tmp_path):
     script("train_stage1", "--dataset", small, "--run", tmp_path, *TINY1, *flags)
@@ -1063,6 +1075,7 @@ def test_stage2_flags(flags, finished, tmp_path):
 @pytest.mark.parametrize("flags", [
     ("--seed", 1), ("--label", "1"), ("--steps", 3), ("--schedule", "linear"),
     ("--temperature", 0.1), ("--choice-temperature", 0), ("--guidance", 3), ("--prior", "uniform"),
+    ("--revisions", 0),
 ], ids=lambda flags: " ".join(map(str, flags)))
 def test_sample_flags(flags, finished, tmp_path):
     run = copy(finished, tmp_path)
@@ -1071,3 +1084,46 @@ def test_sample_flags(flags, finished, tmp_path):
         script("sample", "--run", run, "--n", 30, *more)
         drawn.append(np.load(run / "samples.npz")["s"])
     assert not np.array_equal(*drawn)
+
+
+# ---- the README ---------------------------------------------------------------------------------
+
+
+def test_every_name_of_the_map_exists():
+    names = re.findall(r"`(\w+)\.py: ([\w.]+)`", README)
+    assert len(names) > 20
+    for module, name in names:
+        thing = sys.modules[module]
+        for part in name.split("."):
+            thing = getattr(thing, part)
+
+
+def test_every_deviation_is_marked_at_its_line():
+    table = README.split("## Where it differs")[1].split("Left out on purpose")[0]
+    for file in sorted(HERE.glob("*.py")):
+        marks = file.read_text().count("# NOTE(differs)") if file.name != "test_smoke.py" else 0
+        rows = [row for row in table.splitlines() if row.startswith("|") and f"`{file.name}`" in row
+                or f"(`{file.name}`;" in row]
+        assert marks == len(rows), file.name
+
+
+def test_every_command_of_the_readme_parses():
+    modules = {"train_stage1": train_stage1, "train_stage2": train_stage2, "sample": sample}
+    blocks = " && ".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    commands = re.findall(r"python (train_stage1|train_stage2|sample)\.py([^&;|>\n#]*)", blocks)
+    assert {name for name, _ in commands} == set(modules)
+    for name, flags in commands:
+        modules[name].flags().parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+
+
+SNIPPETS = re.findall(r"```python\n(from (\w+) import .*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("code, module", SNIPPETS, ids=[name for _, name in SNIPPETS])
+def test_each_file_works_alone_in_an_empty_folder(code, module, tmp_path):
+    shutil.copy(HERE / f"{module}.py", tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert {name for _, name in SNIPPETS} >= {"vqvae", "ssl_losses", "maskgit", "data"}

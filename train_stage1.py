@@ -26,7 +26,8 @@ from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
-SSL_WEIGHTS = {"none": 0.0, "barlow": 1.0, "vicreg": 0.1, "vbcreg": 0.1}
+# NOTE(differs): the follow-up has 0.01 for vicreg and vbcreg
+SSL_WEIGHTS = {"none": 0.0, "barlow": 1.0, "vicreg": 0.03, "vbcreg": 0.03}
 VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
 
 
@@ -42,22 +43,39 @@ def flags():
         "(default: window_warp amplitude_resize)")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 65536), default=32, help="K (default 32)")
+    add("--token-noise", type=data.number(float, 0, 1), default=0.3,
+        help="up to this share of a series' tokens is random when decoded in training (default "
+        "0.3; published 0)")
     add = parser.add_argument_group("SSL").add_argument
     add("--ssl", choices=SSL_WEIGHTS, default="vbcreg", type=lambda s: s.replace("vib", "vb"),
         help="loss on the two views; vibcreg is another name of vbcreg (default vbcreg)")
     add("--ssl-weight", type=data.number(float, 0), help=f"w_ssl (default by loss: {SSL_WEIGHTS})")
     add("--views", type=int, choices=(1, 2), default=1,
         help="1 compares x with a view of it, 2 two views with each other (default 1)")
+    # NOTE(differs): the follow-up has 4096
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
         help="F, a multiple of 64 (default 1024; published 4096)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=data.number(int, 1), default=150, help="default 150; the thesis has 1000")
+    add("--epochs", type=data.number(int, 1), default=120, help="default 120; the thesis has 1000")
     add("--batch-size", type=data.number(int, 2), default=64,
         help="B, at most; an epoch is cut into batches of one size (default 64; published 128)")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest of AdamW's one-cycle schedule (default 5e-3; published 1e-3)")
     data.run_flags(parser, trains=True)
     return parser
+
+
+def replace_tokens(model, z_q, s, noise):
+    """z_q (B,D,H',W') with a share of each row's tokens s (B,N), U(0, noise), drawn at random.
+
+    The decoder learns to get along with some wrong tokens, and so the tokens to share what they
+    say: they are easier to predict, and series from a prior that errs here and there stay sharp.
+    """
+    # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
+    is_replaced = torch.rand_like(s, dtype=z_q.dtype) < noise * torch.rand_like(z_q[:, :1, 0, 0])
+    random = torch.randint_like(s, len(model.quantiser.codes))
+    z_random = model.quantiser.lookup(random, z_q.shape[-2:])
+    return z_random.where(is_replaced.view(-1, 1, *z_q.shape[-2:]), z_q)
 
 
 def stage1_losses(model, project, x, args):
@@ -68,13 +86,15 @@ def stage1_losses(model, project, x, args):
     z = model.encode(torch.cat([x, *views]))
     z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
     z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
-    x_hat, u_hat = model.decode(torch.cat([z_q[:B], z_view]))
+    z_noisy = replace_tokens(model, z_q[:B], s[:B], args.token_noise)
+    x_hat, u_hat = model.decode(torch.cat([z_noisy, z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
         # straight-through, the SSL gradient of the first view reaches z by way of its codes
+        # NOTE(differs): average alone, the follow-up has the maximum beside it
         Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
             terms[name] = args.ssl_weight * term
@@ -103,6 +123,8 @@ def linear_probe(Y_train, y_train, Y_test, C=1.0):
 
     Minimises ||W||^2 / 2 + C sum relu(1 - t f(Y))^2 by L-BFGS to convergence.
     """
+    # on the features of four trained code books within 0.001 of scikit-learn's LinearSVC(C=1), and
+    # within 0.026 (0.006 where it is above 0.9) of its SVC(kernel="linear", C=1), one against one
     Y_train, Y_test = (F.pad(Y, (0, 1), value=1.0) for Y in (Y_train, Y_test))  # bias column
     t = 2.0 * F.one_hot(y_train) - 1  # (rows,classes), +1 or -1
     W = torch.zeros(Y_train.shape[1], t.shape[1], device=t.device, requires_grad=True)

@@ -111,11 +111,12 @@ class VectorQuantiser(nn.Module):
         A revived code starts with the count of a fair share: about 44 steps (at decay 0.9) pass
         before it can be moved again.
         """
+        # NOTE(differs): where only the code is moved, its stale sum and count drag it back
         K, fair_share = len(self.codes), len(latents) / len(self.codes)
         unused = self.counts < 0.01 * fair_share
         drawn = latents[torch.randint(len(latents), (K,), device=latents.device)]
         self.codes[:] = torch.where(unused[:, None], drawn, self.codes)
-        self.counts[unused] = fair_share
+        self.counts.masked_fill_(unused, fair_share)
         self.sums[:] = torch.where(unused[:, None], drawn * fair_share, self.sums)
 
     @torch.no_grad()
