@@ -266,7 +266,7 @@ def to_array(series, split, C, L):
     n_stretched = sum(one.shape[1] != L for one in series)
     n_filled = sum(bool(np.isnan(one).any()) for one in series)
     if n_stretched or n_filled:
-        print(f"{split}: {n_stretched} series stretched to {L} samples, {n_filled} with gaps filled")
+        print(f"{split}: {n_stretched} series stretched to {L}, {n_filled} with gaps filled")
     return x
 
 
@@ -308,7 +308,7 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
                   for path in locate(name, Path(folder))]
     (train, y_train), (test, y_test) = splits
     if len(train) < 2 or not test:
-        raise ValueError(f"{name}: {len(train)} training and {len(test)} test series; needs 2 and 1")
+        raise ValueError(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
     train, test = [trim(one) for one in train], [trim(one) for one in test]
     C, L = len(train[0]), max(one.shape[1] for one in train)
     if L < MIN_LENGTH:
@@ -322,7 +322,8 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     else:
         y_train = y_test = None
     x_train, x_test, mean, std = (
-        torch.tensor(v).float().to(device) for v in ((x_train - mean) / std, (x_test - mean) / std, mean, std)
+        torch.tensor(v).float().to(device)
+        for v in ((x_train - mean) / std, (x_test - mean) / std, mean, std)
     )
     y_train, y_test = (y if y is None else y.to(device) for y in (y_train, y_test))
     return Dataset(x_train, y_train, x_test, y_test, classes, mean, std)
@@ -446,7 +447,7 @@ def newest_run(file):
 
 @contextmanager
 def replacing(path):
-    """A temporary path that takes the place of `path` if the block succeeds, and vanishes if not."""
+    """A temporary path that takes the place of `path` if the block succeeds, else vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -474,7 +475,7 @@ def save(path, parts, args, log, more):
 
 
 def load_checkpoint(path, stage):
-    """Checkpoint of that stage, on the CPU; only plain types are unpickled. ValueError if foreign."""
+    """Checkpoint of that stage, on the CPU; plain types only. ValueError for any other file."""
     if not path.exists():
         raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
@@ -522,9 +523,12 @@ def restore(state, parts):
 
 
 def rebuild(kind, arguments, weights, device):
-    """The model of a checkpoint, frozen and in eval mode."""
+    """The model of a checkpoint, frozen and in eval mode. ValueError if the weights do not fit."""
     model = kind(**arguments).to(device)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"a checkpoint's weights do not fit this version's {kind.__name__}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -567,7 +571,7 @@ def write_lines(path, records):
 
 
 def report(run, part, metrics):
-    """Put figures of one part (stage1, stage2, samples, imputed) into metrics.json and print them."""
+    """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[part] = known.get(part, {}) | metrics

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
 from maskgit import SCHEDULES, MaskGIT, decode, guided
 from vqvae import VQVAE
+
+style.use("tableau-colorblind10")
 
 BATCH = 1000  # series decoded at once
 N_FILLINGS = 10  # of each series to impute
@@ -252,7 +255,7 @@ def impute(run, vqvae, prior, d, args):
 
 
 def draw_fillings(run, x, filled, hidden, start, end):
-    """Truth, fillings (B,fillings,C,end-start), their spread and the straight line, for 4 series."""
+    """Truth, fillings (B,fillings,C,end-start), their spread and a straight line, for 4 series."""
     n_rows = min(4, len(x))
     figure = Figure(figsize=(9, 1.4 * n_rows + 0.6), layout="constrained")
     t = range(start, end)
@@ -262,7 +265,8 @@ def draw_fillings(run, x, filled, hidden, start, end):
         axis.plot(t, one.T, color="C0", lw=0.5)
         axis.fill_between(t, one.min(0), one.max(0), color="C0", alpha=0.25, label="fillings")
         axis.plot(t, one.mean(0), color="C1", label="their mean")
-        axis.plot(t, hidden[i, 0, start:end].cpu().numpy(), color="k", ls=":", label="straight line")
+        line = hidden[i, 0, start:end].cpu().numpy()
+        axis.plot(t, line, color="k", ls=":", label="straight line")
     axis.set_xlabel("time step")
     axis.legend(fontsize=8, ncols=4, loc="upper right")
     data.save_figure(run / "imputed.png", figure)

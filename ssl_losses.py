@@ -170,7 +170,7 @@ class IterNorm(nn.Module):
 
 
 def projector(D, F=1024, iternorm=False):
-    """Three linear layers D -> F -> F -> F, batch norm and ReLU between; VbCReg ends in IterNorm."""
+    """Linear layers D -> F -> F -> F, batch norm and ReLU between; VbCReg ends in IterNorm."""
     layers = [nn.Linear(D, F, bias=False), nn.BatchNorm1d(F), nn.ReLU()]
     layers += [nn.Linear(F, F, bias=False), nn.BatchNorm1d(F), nn.ReLU(), nn.Linear(F, F)]
     return nn.Sequential(*layers, *([IterNorm(F)] if iternorm else []))

@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
 from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
+
+style.use("tableau-colorblind10")
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 0.01 for vicreg and vbcreg

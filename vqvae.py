@@ -106,7 +106,7 @@ class VectorQuantiser(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents):
-        """Move codes chosen by under 1 % of their fair share of `latents` (B*N,D) onto some of them.
+        """Move codes chosen by under 1 % of their fair share of latents (B*N,D) onto such latents.
 
         A revived code starts with the count of a fair share: about 44 steps (at decay 0.9) pass
         before it can be moved again.
@@ -152,26 +152,19 @@ class VQVAE(nn.Module):
         widths = [W // 2**i for i in range(n_halvings + 1)]
         self.grid = (H, widths[-1])  # (H',W')
 
-        encoder, decoder = [], []
-        if n_halvings == 0:
-            encoder += [nn.Conv2d(2 * C, D, 3, padding=1)]
-            decoder += [nn.Conv2d(D, 2 * C, 3, padding=1)]
+        channels = [2 * C] + [D] * n_halvings
+        along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
+        down, up = [], []
         for i in range(n_halvings):
-            inputs = 2 * C if i == 0 else D
-            along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
-            encoder += [nn.Conv2d(inputs, D, **along_time)]
-            # a halving drops the last column of an odd width; the mirror restores it
-            odd = (0, widths[i] % 2)
-            decoder = [nn.ConvTranspose2d(D, inputs, output_padding=odd, **along_time)] + decoder
-            if i < n_halvings - 1:
-                encoder += [nn.BatchNorm2d(D), nn.ReLU()]
-            if i > 0:
-                decoder = [nn.BatchNorm2d(D), nn.ReLU()] + decoder
-        self.encoder = nn.Sequential(*encoder, *(ResidualBlock(D) for _ in range(n_blocks)))
+            down += [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(channels[i], D, **along_time)]
+            odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
+            back = nn.ConvTranspose2d(D, channels[i], output_padding=odd, **along_time)
+            up = [nn.BatchNorm2d(D), nn.ReLU(), back, *up]
+        down = down[2:] or [nn.Conv2d(2 * C, D, 3, padding=1)]
+        up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 2 * C, 3, padding=1)]
+        self.encoder = nn.Sequential(*down, *(ResidualBlock(D) for _ in range(n_blocks)))
         self.quantiser = VectorQuantiser(K, D, decay)
-        self.decoder = nn.Sequential(
-            *(ResidualBlock(D) for _ in range(n_blocks)), nn.BatchNorm2d(D), nn.ReLU(), *decoder
-        )
+        self.decoder = nn.Sequential(*(ResidualBlock(D) for _ in range(n_blocks)), *up)
 
     def stft(self, x):
         """x (B,C,L) -> u (B,2C,H,W) with this model's window."""
