@@ -528,7 +528,7 @@ def rebuild(kind, arguments, weights, device):
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise ValueError(f"a checkpoint's weights do not fit this version's {kind.__name__}") from None
+        raise ValueError(f"a checkpoint's weights do not fit the {kind.__name__} here") from None
     return model.eval().requires_grad_(False)
 
 
