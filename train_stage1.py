@@ -263,8 +263,9 @@ if __name__ == "__main__":
     # NOTE(differs): warm-up, beta2, clipping and batch reach in 40 epochs what took 150 without
     optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.1, cycle_momentum=False
-    )
+        optimiser, args.lr, total_steps=max(11, args.epochs * n_steps), pct_start=0.1,
+        cycle_momentum=False,
+    )  # 11: a warm-up of exactly one step is a division by zero in PyTorch
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), C, L])
     log = data.restore(state, parts)
@@ -281,7 +282,7 @@ if __name__ == "__main__":
             optimiser.step()
             schedule.step()
             losses.append(torch.stack(list(terms.values())).detach())
-            counts += F.one_hot(s, K).sum((0, 1))
+            counts.index_add_(0, s.flatten(), torch.ones(s.numel(), device=device))
         record = data.finite_means(losses, list(terms), epoch, run)
         record |= {"perplexity": perplexity(counts).item(),
                    "codes_used": (counts > 0).float().mean().item()}

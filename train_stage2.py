@@ -103,8 +103,9 @@ if __name__ == "__main__":
     prior = MaskGIT(**arguments).to(device)
     optimiser = torch.optim.AdamW(prior.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, args.lr, total_steps=args.epochs * n_steps, pct_start=0.1, cycle_momentum=False
-    )
+        optimiser, args.lr, total_steps=max(11, args.epochs * n_steps), pct_start=0.1,
+        cycle_momentum=False,
+    )  # 11: a warm-up of exactly one step is a division by zero in PyTorch
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=2, arguments=arguments, tokens_of=tokens_of)
     log = data.restore(state, parts)
