@@ -276,7 +276,7 @@ def encode_labels(train, test):
     ValueError when the test split holds a label that training has not seen.
     """
     try:
-        train, test = ([f"{float(label):g}" for label in split] for split in (train, test))
+        train, test = ([f"{float(label):.12g}" for label in split] for split in (train, test))
         classes = sorted(set(train), key=float)
     except ValueError:
         classes = sorted(set(train))
@@ -409,7 +409,8 @@ def number(kind, low, high=float("inf")):
 def run_flags(parser, trains):
     """The flags that all scripts have, and those of the two that train."""
     add = parser.add_argument_group("run").add_argument
-    add("--run", type=Path, metavar="DIR", help="the run's folder (default: see the README)")
+    add("--run", type=Path, metavar="DIR",
+        help="the run's folder (default: in stage 1 runs/DATASET-SSL, then the newest in runs)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="of all random draws; on the CPU it fixes every bit (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -574,7 +575,9 @@ def report(run, part, metrics):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[part] = known.get(part, {}) | metrics
+    if part.startswith("stage"):  # a resumed stage that had nothing left to do keeps its times
+        metrics = known.get(part, {}) | metrics
+    known[part] = metrics
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(known, indent=2) + "\n")
     print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -590,12 +593,12 @@ def watch_signals():
     """A list that Ctrl-C or SIGTERM adds to, to be looked at between epochs; a second one kills."""
     received = []
 
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
     return received
 
 
@@ -603,6 +606,8 @@ def cost(began, n_steps, B, device):
     """Figures of n_steps of B series since `began`: time and rate (if any step was taken), and peak
     memory in MiB, of the GPU's allocator, or of the whole process on the CPU.
     """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - began) / max(1, n_steps)
     figures = {"seconds_per_step": seconds, "series_per_second": B / seconds} if n_steps else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10

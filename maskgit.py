@@ -88,7 +88,7 @@ class MaskGIT(nn.Module):
     def forward(self, s_M, y=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
-        if self.training:  # NOTE(differs): not while sampling, as elsewhere
+        if self.training:  # NOTE(differs): elsewhere it stays on while sampling
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
@@ -133,9 +133,10 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
     were masked at first again. Known entries stay; at least one entry is settled a step.
 
     Each of n_revisions rounds after that masks the quarter of the n entries that look least
-    probable beside all others (with Gumbel noise) and refills it in three such steps.
+    probable (with Gumbel noise; read at entries that are not masked, which no loss has trained) and
+    refills it in three such steps.
 
-    Returns all canvases, (steps+1,B,N), s_M first; the last has no masked entry.
+    Returns all canvases, (1 + n_steps + 4 n_revisions,B,N), s_M first; the last is complete.
     """
     is_given = s_M != mask_id
     n = (~is_given).sum(1, keepdim=True)  # (B,1)

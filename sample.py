@@ -40,7 +40,7 @@ def flags():
     add("--label", default="all", help="a class of the data set; all: each as often as in training "
         "(default); none: unconditional")
     add("--impute", type=stretch, metavar="START:END",
-        help="instead, refill this stretch of n test series")
+        help="instead, refill this stretch of n test series, without their labels")
     add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
     add("--fcn-steps", type=data.number(int, 1), default=1000,
         help="training steps, of batch 64, of each classifier behind --evaluate (default 1000)")
@@ -82,7 +82,7 @@ def uniform(s_M, K):
 
 
 def generate(vqvae, prior, y, s_M, args):
-    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), first row's canvases."""
+    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), row 0's canvases (T,N)."""
     parts, K = [], len(vqvae.quantiser.codes)
     for i in tqdm(range(0, len(s_M), BATCH), desc="decoding", leave=False):
         logits_fn = partial(uniform, K=K)
@@ -147,7 +147,7 @@ def frechet_distance(a, b):
     a, b = a.double(), b.double()
     S_a, S_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp_min(0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
 
@@ -235,8 +235,9 @@ def impute(run, vqvae, prior, d, args):
     start, end = args.impute
     x = d.x_test[: args.n]
     # the encoder sees far: what is to be found must not be in its input, so a straight line is
-    line = torch.linspace(0, 1, end - start, device=x.device)
-    ends = x[..., [max(start - 1, 0)]], x[..., [min(end, vqvae.L - 1)]]
+    line = torch.linspace(0, 1, end - start + 2, device=x.device)[1:-1]
+    before, after = x[..., start - 1 : start], x[..., end : end + 1]  # one is empty at a border
+    ends = (before if start else after), (after if end < vqvae.L else before)
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
     H, W = vqvae.grid
@@ -248,7 +249,7 @@ def impute(run, vqvae, prior, d, args):
     draw_fillings(run, x, filled, hidden, start, end)
     truth = x[:, None, :, start:end]
     return {
-        "mse_one_filling": F.mse_loss(filled[:, :1], truth).item(),
+        "mse_one_filling": F.mse_loss(filled, truth.expand_as(filled)).item(),
         "mse_mean_filling": F.mse_loss(filled.mean(1, keepdim=True), truth).item(),
         "mse_straight_line": F.mse_loss(hidden[:, None, :, start:end], truth).item(),
     }
@@ -291,17 +292,20 @@ if __name__ == "__main__":
         parser.error(f"--label {args.label}: the classes are {', '.join(d.classes) or 'none'}")
     if args.impute and args.impute[1] > vqvae.L:
         parser.error(f"--impute ends at {args.impute[1]}, but the series have {vqvae.L} samples")
-    if args.evaluate and (args.label != "all" or not d.classes):
-        parser.error("--evaluate needs labelled data, and series of all classes")
+    if args.impute and (args.impute == (0, vqvae.L) or args.evaluate or args.label != "all"):
+        parser.error("--impute takes a part of the series, and neither --label nor --evaluate")
+    if args.evaluate and (args.label != "all" or not d.classes or prior is None):
+        parser.error("--evaluate needs labelled data, the learned prior and series of all classes")
 
     if args.impute:
         data.report(run, "imputed", impute(run, vqvae, prior, d, args))
     else:
-        y = draw_labels(args.label, d, args.n)
+        y = draw_labels(args.label, d, args.n) if prior else None
         s_M = torch.full((args.n, N), K, device=device)
         began = time.perf_counter()
         s, x, canvases = generate(vqvae, prior, y, s_M, args)
-        cost = data.cost(began, args.steps, args.n / args.steps, device)
+        cost = data.cost(began, 1, args.n, device)
+        cost["seconds"] = cost.pop("seconds_per_step")
         names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
         with data.replacing(run / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, x=(x * d.std + d.mean).cpu(), y=names, s=s.cpu())

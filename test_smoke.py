@@ -723,7 +723,7 @@ def test_end_to_end(ssl, small, tmp_path, capsys):
     assert 0 <= metrics["stage1"]["linear_probe"] <= 1 and metrics["stage1"]["perplexity"] >= 1
     assert metrics["stage2"]["uniform_nats_per_token"] == pytest.approx(math.log(32))
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "seconds_per_step" in last and "peak_MiB" in last
+    assert "series_per_second" in last and "peak_MiB" in last
 
 
 def test_same_seed_same_bits(small, finished, tmp_path):
@@ -738,7 +738,7 @@ def test_same_seed_same_bits(small, finished, tmp_path):
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "ECG200"])
+@pytest.mark.parametrize("name", [*(name for name in SHAPES if name != "ECG5000"), "ECG200"])
 def test_real_input_through_all_scripts(name, tmp_path):
     folder = ucr(name, "ts" if name == "ECG200" else "tsv")
     script("train_stage1", "--dataset", name, "--data-dir", folder, "--run", tmp_path,
@@ -772,7 +772,8 @@ def test_labels_and_priors(finished, tmp_path):
 
 def test_evaluation_and_imputation(finished, tmp_path):
     run = copy(finished, tmp_path)
-    script("sample", "--run", run, "--n", 40, "--impute", "10:20")
+    for border in ("0:9", "25:32", "10:20"):
+        script("sample", "--run", run, "--n", 40, "--impute", border)
     script("sample", "--run", run, "--n", 40, "--evaluate", "--fcn-steps", 20)
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics) == {"stage1", "stage2", "samples", "imputed"}
@@ -798,9 +799,9 @@ def uninterrupted(small, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("how, after", [(signal.SIGTERM, 4), (signal.SIGINT, 11),
-                                        (signal.SIGKILL, 5)])
+@pytest.mark.parametrize("stage, how, after", [
+    (1, signal.SIGTERM, 4), (1, signal.SIGKILL, 11), (2, signal.SIGINT, 11), (2, signal.SIGKILL, 5),
+])
 def test_interrupted_and_resumed_ends_bit_equal(stage, how, after, small, uninterrupted, tmp_path):
     name, flags = f"train_stage{stage}", LONG1 if stage == 1 else LONG2
     flags = (*flags, *(("--dataset", small) if stage == 1 else ()))
@@ -878,8 +879,8 @@ FILES = {  # bad training file, ending -> message
     "ragged": (GOOD_ROW + "2 1 2 3\n", "tsv", r"TRAIN.tsv, line 2: 3 values .* expected 8"),
     "text": (GOOD_ROW + "2 1 2 3 4 x 6 7 8\n", "tsv", r"TRAIN.tsv, line 2: could not .*'x'"),
     "infinite": (GOOD_ROW + "2 1 2 3 inf 5 6 7 8\n", "tsv", r"line 2: an infinite value"),
-    "empty": ("", "tsv", r"Own: 0 training and 2 test series"),
-    "one row": (GOOD_ROW, "tsv", r"Own: 1 training and 2 test series; needs 2"),
+    "empty": ("", "tsv", r"Own: 0 training, 2 test series"),
+    "one row": (GOOD_ROW, "tsv", r"Own: 1 training, 2 test series; needs 2"),
     "all NaN": (GOOD_ROW + "2" + " NaN" * 8 + "\n", "tsv", r"train series 2: 0 channels with any"),
     "short": ("1 1 2 3\n2 3 2 1\n", "tsv", r"series of 3 samples; at least 8"),
     "label": ("7 1 2 3 4 5 6 7 8\n" * 2, "tsv", r"test labels \['1', '2'\] do not occur"),
@@ -932,7 +933,7 @@ FLAGS = {  # script, flags -> message; all end with exit code 2
     ("train_stage1", "--batch-size", 1): "1 is not between 2",
     ("train_stage1", "--lr", -1): "-1 is not between 0 and 1",
     ("train_stage1", "--lr", "nan"): "nan is not between 0 and 1",
-    ("train_stage1", "--codebook-size", 1): "1 is not between 2 and 65536",
+    ("train_stage1", "--codebook-size", 1): "1 is not between 2 and 4096",
     ("train_stage1", "--proj-dim", 100): "--proj-dim 100 is not a multiple of 64",
     ("train_stage1", "--ssl", "simclr"): "invalid choice: 'simclr'",
     ("train_stage1", "--ssl-weight", -0.1): "-0.1 is not between 0",
@@ -956,6 +957,7 @@ FLAGS = {  # script, flags -> message; all end with exit code 2
     ("sample", "--impute", "20:10"): "START must be below END",
     ("sample", "--impute", "20:33"): "--impute ends at 33, but the series have 32 samples",
     ("sample", "--label", "1", "--evaluate"): "--evaluate needs labelled data",
+    ("sample", "--impute", "0:32"): "--impute takes a part of the series",
     ("sample", "--prior", "ar"): "invalid choice: 'ar'",
 }
 
@@ -1030,7 +1032,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--batch-size", 1000), ("--batch-size", 39), ("--codebook-size", 5000),
+    ("--batch-size", 1000), ("--batch-size", 39), ("--codebook-size", 3000),
 ])
 def test_odd_sizes(flags, small, tmp_path):
     script("train_stage1", "--dataset", small, "--run", tmp_path, "--proj-dim", 64, "--epochs", 1,
@@ -1072,18 +1074,22 @@ def test_stage2_flags(flags, finished, tmp_path):
     assert not same(weights(finished / "stage2.pt"), weights(tmp_path / "stage2.pt"))
 
 
+@pytest.fixture(scope="session")
+def drawn(finished, tmp_path_factory):
+    run = copy(finished, tmp_path_factory.mktemp("drawn"))
+    script("sample", "--run", run, "--n", 30)
+    return np.load(run / "samples.npz")["s"]
+
+
 @pytest.mark.parametrize("flags", [
     ("--seed", 1), ("--label", "1"), ("--steps", 3), ("--schedule", "linear"),
     ("--temperature", 0.1), ("--choice-temperature", 0), ("--guidance", 3), ("--prior", "uniform"),
     ("--revisions", 0),
 ], ids=lambda flags: " ".join(map(str, flags)))
-def test_sample_flags(flags, finished, tmp_path):
+def test_sample_flags(flags, finished, drawn, tmp_path):
     run = copy(finished, tmp_path)
-    drawn = []
-    for more in ((), flags):
-        script("sample", "--run", run, "--n", 30, *more)
-        drawn.append(np.load(run / "samples.npz")["s"])
-    assert not np.array_equal(*drawn)
+    script("sample", "--run", run, "--n", 30, *flags)
+    assert not np.array_equal(drawn, np.load(run / "samples.npz")["s"])
 
 
 # ---- the README ---------------------------------------------------------------------------------

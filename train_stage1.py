@@ -1,7 +1,7 @@
 """Stage 1: a VQ-VAE whose code book is shaped by a joint-embedding SSL loss (thesis 0.3).
 
-x -> u -> z -> z_q -> u^, x^ is the autoencoder. Two views of x, encoded beside it, give Y1, Y2 and
-through the projector Z1, Z2, which the SSL loss compares.
+x -> u -> z -> z_q -> u^, x^ is the autoencoder. Y1 pools z_q of x itself (of the first view, where
+there are two), Y2 pools z of the last view; the SSL loss compares their projections Z1, Z2.
 
     python train_stage1.py --ssl vbcreg
 
@@ -45,7 +45,7 @@ def flags():
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
         "(default: window_warp amplitude_resize)")
     add = parser.add_argument_group("model").add_argument
-    add("--codebook-size", type=data.number(int, 2, 65536), default=32, help="K (default 32)")
+    add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
     add("--token-noise", type=data.number(float, 0, 1), default=0.3,
         help="up to this share of a series' tokens is random when decoded in training (default "
         "0.3; published 0)")
@@ -75,7 +75,8 @@ def replace_tokens(model, z_q, s, noise):
     say: they are easier to predict, and series from a prior that errs here and there stay sharp.
     """
     # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
-    is_replaced = torch.rand_like(s, dtype=z_q.dtype) < noise * torch.rand_like(z_q[:, :1, 0, 0])
+    draw = torch.rand(s.shape, device=s.device)
+    is_replaced = draw < noise * torch.rand(len(s), 1, device=s.device)
     random = torch.randint_like(s, len(model.quantiser.codes))
     z_random = model.quantiser.lookup(random, z_q.shape[-2:])
     return z_random.where(is_replaced.view(-1, 1, *z_q.shape[-2:]), z_q)
@@ -96,7 +97,7 @@ def stage1_losses(model, project, x, args):
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
-        # straight-through, the SSL gradient of the first view reaches z by way of its codes
+        # straight-through: the SSL gradient of this side reaches z by way of its codes
         # NOTE(differs): average alone, the follow-up has the maximum beside it
         Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
@@ -260,7 +261,7 @@ if __name__ == "__main__":
     if args.ssl != "none":
         project = projector(64, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
     weights = [*model.parameters(), *project.parameters()]
-    # NOTE(differs): warm-up, beta2, clipping and batch reach in 40 epochs what took 150 without
+    # NOTE(differs): warm-up, beta2, clipping and batch; each row of the README's ablation
     optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, args.lr, total_steps=max(11, args.epochs * n_steps), pct_start=0.1,
@@ -296,9 +297,9 @@ if __name__ == "__main__":
 
     model.eval()
     metrics, counts = evaluate(model, d, K)
+    data.report(run, "stage1", metrics | cost)
     draw_curves(run, log, counts)
     draw_reconstructions(run, model, d)
     draw_views(run, d.x_train, args.augment)
-    if d.classes:
+    if d.classes and len(d.x_test) > 1:
         draw_classes(run, model, d, f"--ssl {args.ssl}")
-    data.report(run, "stage1", metrics | cost)

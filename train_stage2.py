@@ -21,7 +21,7 @@ import data
 from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
 from vqvae import VQVAE
 
-BOUND_DRAWS = 4  # per test series
+BOUND_DRAWS = 2  # per test series
 
 
 def flags():
@@ -134,7 +134,7 @@ if __name__ == "__main__":
             data.save(run / "stage2.pt", parts, args, log, constants)
         if stop:
             sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
-    cost = data.cost(began, n_steps * (args.epochs - first_epoch), B, device)
+    cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     prior.eval()
     s_test = distances(vqvae, d.x_test).argmin(-1)

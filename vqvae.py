@@ -45,7 +45,7 @@ def istft(u, length, n_fft=8, hop=2):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions, each after batch norm and ReLU, around an identity: shape kept."""
+    """A 3 x 3 and a 1 x 1 convolution, each after batch norm and ReLU, beside an identity."""
 
     def __init__(self, D):
         super().__init__()
@@ -160,6 +160,7 @@ class VQVAE(nn.Module):
             odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
             back = nn.ConvTranspose2d(D, channels[i], output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), back, *up]
+        # no norm before the first convolution
         down = down[2:] or [nn.Conv2d(2 * C, D, 3, padding=1)]
         up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 2 * C, 3, padding=1)]
         self.encoder = nn.Sequential(*down, *(ResidualBlock(D) for _ in range(n_blocks)))
