@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -1013,6 +1014,16 @@ def test_one_line_and_exit_code_1(name, flags, message, tmp_path):
     error = process.communicate()[1].strip().splitlines()
     assert process.returncode == 1 and len(error) == 1 and message in error[0]
     assert error[0].startswith(f"{name}.py: ") and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(small, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes a file
+    process = subprocess.run(
+        [sys.executable, str(HERE / "train_stage1.py"), "--dataset", str(small), "--run",
+         str(tmp_path), *map(str, TINY1)], preexec_fn=limit, capture_output=True, text=True)
+    error = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and error.startswith("train_stage1.py: ") and "large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1.jsonl"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
