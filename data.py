@@ -458,6 +458,28 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def one_cycle(parameters, lr, n_steps):
+    """AdamW and its learning rate: a tenth of n_steps up to lr, then down to nearly 0 by a cosine.
+
+    At least 11 steps are planned, as OneCycleLR divides by zero at a warm-up of exactly one.
+    """
+    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False
+    )
+    return optimiser, schedule
+
+
+def end_epoch(run, parts, args, log, constants, stop):
+    """Write the log; save where it is time to; leave, with a line on how to go on, if `stop`."""
+    name = f"stage{constants['stage']}"
+    write_lines(run / f"{name}.jsonl", log)
+    if stop or len(log) % args.save_every == 0 or len(log) == args.epochs:
+        save(run / f"{name}.pt", parts, args, log, constants)
+    if stop:
+        sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
+
+
 def save(path, parts, args, log, more):
     """Write a checkpoint in plain types, whole or not at all.
 

@@ -31,10 +31,14 @@ SCHEDULES = {
 }
 
 
+def lowest(score, n):
+    """A mask (B,N) that is True at the n (B,1) lowest entries of each row of score (B,N)."""
+    return score.argsort(1).argsort(1) < n
+
+
 def random_subset(n, N):
     """A mask (B,N) that is True at n (B) random entries of each row."""
-    ranks = torch.rand(len(n), N, device=n.device).argsort(1).argsort(1)
-    return ranks < n[:, None]
+    return lowest(torch.rand(len(n), N, device=n.device), n[:, None])
 
 
 def mask_tokens(s, schedule="cosine"):
@@ -115,11 +119,6 @@ def guided(prior, y=None, scale=1.0):
 def gumbel_like(x):
     """Standard Gumbel noise in the shape of x."""
     return -torch.empty_like(x).exponential_().log()
-
-
-def lowest(score, n):
-    """A mask (B,N) that is True at the n (B,1) lowest entries of each row of score (B,N)."""
-    return score.argsort(1).argsort(1) < n
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ Notation as in vqvae.py and ssl_losses.py.
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -262,11 +261,7 @@ if __name__ == "__main__":
         project = projector(64, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
     weights = [*model.parameters(), *project.parameters()]
     # NOTE(differs): warm-up, beta2, clipping and batch; each row of the README's ablation
-    optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, args.lr, total_steps=max(11, args.epochs * n_steps), pct_start=0.1,
-        cycle_momentum=False,
-    )  # 11: a warm-up of exactly one step is a division by zero in PyTorch
+    optimiser, schedule = data.one_cycle(weights, args.lr, args.epochs * n_steps)
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), C, L])
     log = data.restore(state, parts)
@@ -288,11 +283,7 @@ if __name__ == "__main__":
         record |= {"perplexity": perplexity(counts).item(),
                    "codes_used": (counts > 0).float().mean().item()}
         log.append({"epoch": epoch + 1} | record)
-        data.write_lines(run / "stage1.jsonl", log)
-        if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage1.pt", parts, args, log, constants)
-        if stop:
-            sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
+        data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     model.eval()

@@ -10,7 +10,6 @@ Notation as in vqvae.py and maskgit.py.
 
 import argparse
 import math
-import sys
 import time
 
 import torch
@@ -101,11 +100,7 @@ if __name__ == "__main__":
     # NOTE(differs): a narrower model, smaller batches and one cycle of the learning rate
     arguments = dict(K=K, N=N, n_classes=len(d.classes), dropout=args.dropout)
     prior = MaskGIT(**arguments).to(device)
-    optimiser = torch.optim.AdamW(prior.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, args.lr, total_steps=max(11, args.epochs * n_steps), pct_start=0.1,
-        cycle_momentum=False,
-    )  # 11: a warm-up of exactly one step is a division by zero in PyTorch
+    optimiser, schedule = data.one_cycle(prior.parameters(), args.lr, args.epochs * n_steps)
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=2, arguments=arguments, tokens_of=tokens_of)
     log = data.restore(state, parts)
@@ -129,11 +124,7 @@ if __name__ == "__main__":
             losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum()]))
         record = data.finite_means(losses, ["loss", "accuracy"], epoch, run)
         log.append({"epoch": epoch + 1} | record)
-        data.write_lines(run / "stage2.jsonl", log)
-        if stop or (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            data.save(run / "stage2.pt", parts, args, log, constants)
-        if stop:
-            sys.exit(f"stopped after epoch {epoch + 1}; go on with --run {run} --resume")
+        data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     prior.eval()
