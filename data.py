@@ -1,12 +1,10 @@
 """Time series in, and the files of a run out.
 
-    two_patterns             the embedded data set, by its generating process
-    read_table, read_ts, read_npz, fetch
-                             UCR files, one's own arrays, and the download of what is absent
-    load                     any of these -> scaled tensors (Dataset)
-    window_warp, amplitude_resize, slice_and_shuffle, gaussian_noise, augment
-                             the views that SSL compares
-    number ... cost          what the three scripts share: flags, checkpoints, logs, interruption
+    two_patterns        the embedded data set, by its generating process
+    read_*, fetch       UCR files, one's own arrays, and the download of what is absent
+    load                any of these -> scaled tensors (Dataset)
+    AUGMENTATIONS       the views that SSL compares
+    number ... cost     what the three scripts share: flags, checkpoints, logs, interruption
 
 Sources: Geurts 2002 (the TwoPatterns process, here re-derived from the UCR files); Dau et al. 2019
 (UCR archive); Iwana and Uchida 2021 (the augmentations).
@@ -15,7 +13,6 @@ Notation: B batch, C channels, L series length; x series (B,C,L), y labels (B).
 """
 
 import argparse
-import hashlib
 import http.client
 import io
 import json
@@ -28,7 +25,6 @@ import sys
 import time
 import urllib.request
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +96,7 @@ def numbered_lines(path):
 
 
 def parse(fields, where):
-    """Numbers of a row, '?' and NaN being missing values. ValueError that names file and line."""
+    """Numbers of a row, '?' and NaN being missing values. ValueError that says `where`."""
     try:
         values = [float("nan" if field.strip() == "?" else field) for field in fields]
     except ValueError as error:
@@ -131,31 +127,30 @@ def read_ts(path):
     """UCR/UEA .ts: '@' header, then `v1,v2,...:label`, channels separated by colons.
 
     Returns series, a list of (C,L) arrays, and their labels as strings (None without @classLabel).
-    A header that contradicts its data is refused.
+    ValueError where the header contradicts the data.
     """
     header, series, labels = {}, [], []
     for i, line in numbered_lines(path):
+        where = f"{path}, line {i}"
         if line.startswith("@"):
             key, *values = line[1:].split()
             header[key.lower()] = values
             continue
         *channels, label = line.strip().split(":")
-        if header.get("classlabel", ["false"])[0] != "true":
+        has_labels, *classes = header.get("classlabel", ["false"])
+        if has_labels != "true":
             channels.append(label)
-        elif label in header["classlabel"]:
+        elif label in classes:
             labels.append(label)
         else:
-            raise ValueError(f"{path}, line {i}: label {label!r} is not in @classLabel")
-        rows = [parse(channel.split(","), f"{path}, line {i}") for channel in channels]
-        if len({len(row) for row in rows}) != 1:
-            raise ValueError(f"{path}, line {i}: no channels of one length")
+            raise ValueError(f"{where}: label {label!r} is not in @classLabel")
+        rows = [parse(channel.split(","), where) for channel in channels]
+        C = 1 if header.get("univariate") == ["true"] else len(rows)
+        L = int(header.get("serieslength", [len(rows[0])])[0])
+        if [len(row) for row in rows] != [L] * C:
+            raise ValueError(f"{where}: channels of {[len(row) for row in rows]} values, but the "
+                             f"header or the first channel says {[L] * C}")
         series.append(np.array(rows))
-        C, L = (series[0] if header.get("equallength") == ["true"] else series[-1]).shape
-        C = 1 if header.get("univariate") == ["true"] else C
-        L = int(header.get("serieslength", [L])[0])
-        if series[-1].shape != (C, L):
-            raise ValueError(f"{path}, line {i}: {series[-1].shape[0]} channels of "
-                             f"{series[-1].shape[1]} values, but {C} of {L} by the header or above")
     return series, labels or None
 
 
@@ -207,8 +202,7 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
             failures.append(f"{address} ({error or type(error).__name__})")
             continue
         for member, content in members.items():
-            with replacing(folder / name / member) as path:
-                path.write_bytes(content)
+            write(folder / name / member, content)
         return
     raise OSError(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
@@ -218,26 +212,25 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
 
 def download(address, timeout):
     """Bytes of an address, under a progress bar; OSError when fewer arrive than announced."""
-    content = io.BytesIO()
+    content = bytearray()
     with urllib.request.urlopen(address, timeout=timeout) as response:
         size = int(response.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, desc=address) as bar:
             while block := response.read(1 << 16):
-                content.write(block)
+                content += block
                 bar.update(len(block))
-    if content.tell() < size:
-        raise OSError(f"cut off after {content.tell()} of {size} bytes")
-    return content.getvalue()
+    if len(content) < size:
+        raise OSError(f"cut off after {len(content)} of {size} bytes")
+    return content
 
 
 def unpack(content, name):
-    """{file name: bytes} of a zip's two members; a name with a path that climbs out is not one."""
+    """{file name: bytes} of the two members wanted of a zip; no other name is looked at."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for ending in (".ts", ".txt", ".tsv"):
-            wanted = [f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
-            for prefix in ("", f"{name}/"):
-                if {prefix + member for member in wanted} <= set(archive.namelist()):
-                    return {member: archive.read(prefix + member) for member in wanted}
+            pair = [f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
+            if set(pair) <= set(archive.namelist()):
+                return {member: archive.read(member) for member in pair}
     raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
 
 
@@ -273,8 +266,11 @@ def to_array(series, split, C, L):
 def encode_labels(train, test):
     """Label strings -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
 
-    ValueError when the test split holds a label that training has not seen.
+    Nothing ([], None, None) where a split has no labels. ValueError when the test split holds a
+    label that training has not seen.
     """
+    if not train or not test:
+        return [], None, None
     try:
         train, test = ([f"{float(label):.12g}" for label in split] for split in (train, test))
         classes = sorted(set(train), key=float)
@@ -296,9 +292,8 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     """
     if name == "synthetic":
         x, y = two_patterns(5000, torch.Generator().manual_seed(0))
-        names = list("1234")
-        splits = [(list(part.double().numpy()), [names[i] for i in labels])
-                  for part, labels in ((x[:1000], y[:1000]), (x[1000:], y[1000:]))]
+        series, labels = list(x.double().numpy()), [str(label + 1) for label in y.tolist()]
+        splits = (series[:1000], labels[:1000]), (series[1000:], labels[1000:])
     elif name.endswith(".npz"):
         splits = read_npz(Path(name))
     else:
@@ -309,23 +304,19 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     (train, y_train), (test, y_test) = splits
     if len(train) < 2 or not test:
         raise ValueError(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
-    train, test = [trim(one) for one in train], [trim(one) for one in test]
+    train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
     if L < MIN_LENGTH:
         raise ValueError(f"{name}: series of {L} samples; at least {MIN_LENGTH} are needed")
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
     std[std == 0] = 1  # a constant channel stays constant
-    classes = []
-    if y_train and y_test:
-        classes, y_train, y_test = encode_labels(y_train, y_test)
-    else:
-        y_train = y_test = None
+    classes, y_train, y_test = encode_labels(y_train, y_test)
+    x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
     x_train, x_test, mean, std = (
-        torch.tensor(v).float().to(device)
-        for v in ((x_train - mean) / std, (x_test - mean) / std, mean, std)
+        torch.tensor(v, dtype=torch.float32, device=device) for v in (x_train, x_test, mean, std)
     )
-    y_train, y_test = (y if y is None else y.to(device) for y in (y_train, y_test))
+    y_train, y_test = (None if y is None else y.to(device) for y in (y_train, y_test))
     return Dataset(x_train, y_train, x_test, y_test, classes, mean, std)
 
 
@@ -393,7 +384,7 @@ def augment(x, names):
 # ---- what the three scripts share ---------------------------------------------------------------
 
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
 
     def convert(text):
@@ -431,10 +422,24 @@ def begin(args):
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = one_line
-    if args.device == "cuda" and not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: no CUDA device here; use --device cpu")
     torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.device != "cpu" and has_cuda else "cpu")
+
+
+def watch_signals():
+    """A list that Ctrl-C or SIGTERM adds to, to be looked at between epochs; a second one kills."""
+    received = []
+
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return received
 
 
 def newest_run(file):
@@ -446,16 +451,22 @@ def newest_run(file):
     return found[-1].parent
 
 
-@contextmanager
-def replacing(path):
-    """A temporary path that takes the place of `path` if the block succeeds, else vanishes."""
+def write(path, content):
+    """Write bytes whole or not at all: under a temporary name, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(path, figure):
+    """Write a picture as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write(path, content.getvalue())
 
 
 def one_cycle(parameters, lr, n_steps):
@@ -463,38 +474,52 @@ def one_cycle(parameters, lr, n_steps):
 
     At least 11 steps are planned, as OneCycleLR divides by zero at a warm-up of exactly one.
     """
-    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False
     )
     return optimiser, schedule
 
 
-def end_epoch(run, parts, args, log, constants, stop):
-    """Write the log; save where it is time to; leave, with a line on how to go on, if `stop`."""
-    name = f"stage{constants['stage']}"
-    write_lines(run / f"{name}.jsonl", log)
-    if stop or len(log) % args.save_every == 0 or len(log) == args.epochs:
-        save(run / f"{name}.pt", parts, args, log, constants)
-    if stop:
-        sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
+def finite_means(losses, names, epoch, run):
+    """Means by name of an epoch's losses, a list of (terms,) tensors: its one wait for the device.
+
+    ValueError naming the first term that is not finite, and its step.
+    """
+    values = torch.stack(losses).cpu()  # (steps,terms)
+    for step, term in (~values.isfinite()).nonzero().tolist():
+        raise ValueError(
+            f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
+            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data"
+        )
+    return dict(zip(names, values.mean(0).tolist()))
 
 
-def save(path, parts, args, log, more):
-    """Write a checkpoint in plain types, whole or not at all.
+def write_log(path, log):
+    """Write a .jsonl file: one record a line."""
+    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
+
+
+def end_epoch(run, parts, args, log, more, stop):
+    """Write the log; save where it is time to; leave, with a line on how to go on, if `stop`.
 
     parts: {name: module, optimiser or schedule}, saved by their state. log: a record for each epoch
-    done. more: {name: anything plain}.
+    done. more: {name: anything plain}, with the stage.
     """
-    state = {name: part.state_dict() for name, part in parts.items()} | more
-    state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
-    state["flags"] = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "device")}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    content = io.BytesIO()
-    torch.save(state, content)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    name = f"stage{more['stage']}"
+    write_log(run / f"{name}.jsonl", log)
+    if stop or len(log) % args.save_every == 0 or len(log) == args.epochs:
+        state = {name: part.state_dict() for name, part in parts.items()} | more
+        state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
+        here_only = ("run", "resume", "device")
+        state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        content = io.BytesIO()
+        torch.save(state, content)
+        write(run / f"{name}.pt", content.getbuffer())
+    if stop:
+        sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
 
 
 def load_checkpoint(path, stage):
@@ -555,42 +580,20 @@ def rebuild(kind, arguments, weights, device):
     return model.eval().requires_grad_(False)
 
 
-def fingerprint(weights):
-    """A hash of a state_dict's tensors: tells whether two checkpoints hold the same model."""
-    digest = hashlib.sha256()
-    for tensor in weights.values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+@torch.no_grad()
+def in_batches(function, x):
+    """function(x), of rows, a batch at a time."""
+    return torch.cat([function(rows) for rows in x.split(500)])
 
 
 def load_again(stage1, device):
     """The data set that a stage-1 checkpoint was trained on."""
     name = stage1["flags"]["dataset"]
     d = load(name, stage1["flags"]["data_dir"], device)
-    if (len(d.classes), *d.x_train.shape[1:]) != tuple(stage1["shape"]):
-        raise ValueError(f"{name} has changed since stage 1: classes, channels, length are now "
-                         f"{(len(d.classes), *d.x_train.shape[1:])}, were {stage1['shape']}")
+    shape = [len(d.classes), *d.x_train.shape[1:]]
+    if shape != stage1["shape"]:
+        raise ValueError(f"{name}: classes, channels, length {shape}, in stage 1 {stage1['shape']}")
     return d
-
-
-def finite_means(losses, names, epoch, run):
-    """Means by name of an epoch's losses, a list of (terms,) tensors: its one wait for the device.
-
-    ValueError naming the first term that is not finite, and its step.
-    """
-    values = torch.stack(losses).cpu()  # (steps,terms)
-    for step, term in (~values.isfinite()).nonzero().tolist():
-        raise ValueError(
-            f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
-            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data"
-        )
-    return dict(zip(names, values.mean(0).tolist()))
-
-
-def write_lines(path, records):
-    """Write a .jsonl file: one record a line, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def report(run, part, metrics):
@@ -599,29 +602,8 @@ def report(run, part, metrics):
     known = json.loads(path.read_text()) if path.exists() else {}
     if part.startswith("stage"):  # a resumed stage that had nothing left to do keeps its times
         metrics = known.get(part, {}) | metrics
-    known[part] = metrics
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(known, indent=2) + "\n")
+    write(path, json.dumps(known | {part: metrics}, indent=2).encode())
     print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-
-def save_figure(path, figure):
-    """Write a picture whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-def watch_signals():
-    """A list that Ctrl-C or SIGTERM adds to, to be looked at between epochs; a second one kills."""
-    received = []
-
-    def note(signum, frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
-    return received
 
 
 def cost(began, n_steps, B, device):

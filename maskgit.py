@@ -69,8 +69,7 @@ class MaskGIT(nn.Module):
     only, which is what makes guidance and unconditional sampling possible.
     """
 
-    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, dropout=0.0,
-                 label_dropout=0.2):
+    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
         super().__init__()
         self.mask_id = K
         self.no_class = n_classes
@@ -78,9 +77,8 @@ class MaskGIT(nn.Module):
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
-        self.dropout = nn.Dropout(dropout)
         self.layers = nn.Sequential(*(
-            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout, "gelu",
+            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout=0, activation="gelu",
                                        batch_first=True, norm_first=True)
             for _ in range(n_layers)
         ))
@@ -96,7 +94,7 @@ class MaskGIT(nn.Module):
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
-        h = self.norm(self.layers(self.dropout(h + self.positions)))[:, 1:]
+        h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h @ self.tokens.weight[: self.mask_id].T + self.bias
 
 
@@ -123,7 +121,7 @@ def gumbel_like(x):
 
 @torch.no_grad()
 def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1.0,
-           choice_temperature=4.0, n_revisions=0):
+           choice_temperature=8.0, n_revisions=0):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps draws every masked entry from its own distribution (softened by

@@ -4,12 +4,14 @@
     python sample.py --evaluate
     python sample.py --impute 40:70
 
-Leaves in the run folder: samples.npz, samples.png, decoding.png, metrics.json; imputed.png.
+Leaves in the run folder: samples.npz (x (n,C,L) in the data's own units, y, s), samples.png,
+decoding.png, metrics.json; or imputed.npz (x (n,10,C,END-START)) and imputed.png.
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
 """
 
 import argparse
+import io
 import math
 import time
 from functools import partial
@@ -28,7 +30,6 @@ from vqvae import VQVAE
 
 style.use("tableau-colorblind10")
 
-BATCH = 1000  # series decoded at once
 N_FILLINGS = 10  # of each series to impute
 
 
@@ -50,11 +51,13 @@ def flags():
     add("--steps", type=data.number(int, 1), default=10, help="T (default 10)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
-    add("--choice-temperature", type=data.number(float, 0), default=4.0,
-        help="of the order in which entries are settled (default 4)")
-    add("--revisions", type=data.number(int, 0), default=5,
-        help="rounds that redraw the least probable quarter (default 5; MaskGIT has none)")
+    add("--choice-temperature", type=data.number(float, 0), default=8.0,
+        help="of the order in which entries are settled (default 8; published 4)")
+    add("--revisions", type=data.number(int, 0), default=8,
+        help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
+    add("--noise", type=data.number(float, 0), default=1.0,
+        help="times the decoder's own deviation is added to x^ (default 1; published 0)")
     data.run_flags(parser, trains=False)
     return parser
 
@@ -84,13 +87,15 @@ def uniform(s_M, K):
 def generate(vqvae, prior, y, s_M, args):
     """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), row 0's canvases (T,N)."""
     parts, K = [], len(vqvae.quantiser.codes)
-    for i in tqdm(range(0, len(s_M), BATCH), desc="decoding", leave=False):
+    B = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
+    for i in tqdm(range(0, len(s_M), B), desc="decoding", leave=False):
         logits_fn = partial(uniform, K=K)
         if prior is not None:
-            logits_fn = guided(prior, None if y is None else y[i : i + BATCH], args.guidance)
-        canvases = decode(logits_fn, s_M[i : i + BATCH], K, args.steps, args.schedule,
+            logits_fn = guided(prior, None if y is None else y[i : i + B], args.guidance)
+        canvases = decode(logits_fn, s_M[i : i + B], K, args.steps, args.schedule,
                           args.temperature, args.choice_temperature, args.revisions)
-        parts.append((canvases[-1], vqvae.detokenise(canvases[-1]), canvases[:, 0]))
+        x = vqvae.detokenise(canvases[-1], args.noise)
+        parts.append((canvases[-1], x, canvases[:, 0]))
     s, x, canvases = zip(*parts)
     return torch.cat(s), torch.cat(x), canvases[0]
 
@@ -132,12 +137,6 @@ def train_fcn(x, y, n_classes, n_steps, name):
     return fcn.eval()
 
 
-@torch.no_grad()
-def in_batches(function, x):
-    """function(x) in batches, for a function of rows."""
-    return torch.cat([function(rows) for rows in x.split(500)])
-
-
 def frechet_distance(a, b):
     """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
 
@@ -162,10 +161,10 @@ def inception_score(logits):
 def nearest_distance(x, x_train):
     """Mean distance of each x (B,C,L) to its nearest training series."""
     x_train = x_train.flatten(1)
-    return in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).mean().item()
+    return data.in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).mean().item()
 
 
-def evaluate(vqvae, d, x, y, n_steps):
+def evaluate(vqvae, d, x, y, args):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
     The real row is the best there is: FID of one half of the test split from the other, inception
@@ -174,11 +173,13 @@ def evaluate(vqvae, d, x, y, n_steps):
     reconstructed training split. novelty: distance of generated series to their nearest training
     series over the same of the reconstructed test split (1 as new as that, 0 copies).
     """
-    x_rec, x_train_rec = (in_batches(lambda x: vqvae.detokenise(vqvae.tokenise(x)), split)
-                          for split in (d.x_test, d.x_train))
-    n_classes = len(d.classes)
+    def reconstruct(rows):
+        return vqvae.detokenise(vqvae.tokenise(rows), args.noise)
+
+    x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
+    n_classes, n_steps = len(d.classes), args.fcn_steps
     fcn = train_fcn(d.x_train, d.y_train, n_classes, n_steps, "real")
-    real = in_batches(fcn.features, d.x_test)
+    real = data.in_batches(fcn.features, d.x_test)
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
     metrics = {}
     for name, sample, train_x, train_y in (
@@ -187,13 +188,20 @@ def evaluate(vqvae, d, x, y, n_steps):
         ("generated", x, x, y),
     ):
         judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, n_steps, name)
-        a, b = halves if name == "real" else (real, in_batches(fcn.features, sample))
-        is_right = in_batches(judge, d.x_test).argmax(1) == d.y_test
+        a, b = halves if name == "real" else (real, data.in_batches(fcn.features, sample))
+        is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
         metrics[f"fid_{name}"] = frechet_distance(a, b)
-        metrics[f"inception_{name}"] = inception_score(in_batches(fcn, sample))
+        metrics[f"inception_{name}"] = inception_score(data.in_batches(fcn, sample))
         metrics[f"cas_{name}"] = is_right.float().mean().item()
     metrics["novelty"] = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
     return metrics
+
+
+def save_arrays(path, arrays):
+    """Write {name: array} to an .npz."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    data.write(path, content.getbuffer())
 
 
 def draw_samples(run, d, x, y):
@@ -202,16 +210,15 @@ def draw_samples(run, d, x, y):
     figure = Figure(figsize=(max(5, 2.6 * len(columns)), 6.5), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
     for column, c in enumerate(columns):
-        for half, (name, v, labels) in enumerate(
-            (("real", d.x_test, d.y_test), ("generated", x, y))
-        ):
+        for half, (v, labels) in enumerate(((d.x_test, d.y_test), (x, y))):
             rows = v if c is None else v[labels == c]
             for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
-                axis = axes[3 * half + i, column]
-                axis.plot(row[0].cpu().numpy(), lw=1, color=("0.3", "C0")[half])
-                axes[3 * half + i, 0].set_ylabel(name, fontsize=9)
+                axis, colour = axes[3 * half + i, column], ("0.3", "C0")[half]
+                axis.plot(row[0].cpu().numpy(), lw=1, color=colour)
         axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
         axes[-1, column].set_xlabel("time step")
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel("real" if row < 3 else "generated", fontsize=9)
     data.save_figure(run / "samples.png", figure)
 
 
@@ -223,10 +230,9 @@ def draw_decoding(run, canvases, grid, K):
     for t, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if t < len(canvases):
-            s = canvases[t].view(grid).cpu().numpy()
-            axis.imshow(np.ma.masked_equal(s, K), vmin=0, vmax=K - 1, origin="lower",
-                        cmap="viridis", aspect="auto")
-            axis.set_title(f"{t}: {(s == K).sum()} masked", fontsize=8)
+            s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
+            axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
+            axis.set_title(f"{t}: {s.mask.sum()} masked", fontsize=8)
     data.save_figure(run / "decoding.png", figure)
 
 
@@ -240,12 +246,13 @@ def impute(run, vqvae, prior, d, args):
     ends = (before if start else after), (after if end < vqvae.L else before)
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
-    H, W = vqvae.grid
+    (H, W), K = vqvae.grid, len(vqvae.quantiser.codes)
     first = torch.arange(W, device=x.device) * vqvae.L / W  # sample at which a column begins
     is_touched = ((first < end) & (first + vqvae.L / W > start)).repeat(H)
-    s_M = in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, len(vqvae.quantiser.codes))
+    s_M = data.in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, K)
     _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(N_FILLINGS, 0), args)
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
+    save_arrays(run / "imputed.npz", {"x": (filled * d.std + d.mean).cpu().numpy()})
     draw_fillings(run, x, filled, hidden, start, end)
     truth = x[:, None, :, start:end]
     return {
@@ -285,7 +292,7 @@ if __name__ == "__main__":
     prior = None
     if args.prior == "maskgit":
         stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
-        if stage2["tokens_of"] != data.fingerprint(stage1["model"]):
+        if not torch.equal(stage2["codes"], stage1["model"]["quantiser.codes"]):
             raise ValueError(f"{run}/stage2.pt was trained on the tokens of another stage1.pt")
         prior = data.rebuild(MaskGIT, stage2["arguments"], stage2["prior"], device)
     if args.label not in ("all", "none", *d.classes):
@@ -307,9 +314,9 @@ if __name__ == "__main__":
         cost = data.cost(began, 1, args.n, device)
         cost["seconds"] = cost.pop("seconds_per_step")
         names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
-        with data.replacing(run / "samples.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, x=(x * d.std + d.mean).cpu(), y=names, s=s.cpu())
+        x_own = (x * d.std + d.mean).cpu().numpy()  # in the data's own units
+        save_arrays(run / "samples.npz", {"x": x_own, "y": names, "s": s.cpu().numpy()})
         draw_samples(run, d, x, y)
         draw_decoding(run, canvases, vqvae.grid, K)
-        metrics = evaluate(vqvae, d, x, y, args.fcn_steps) if args.evaluate else {}
+        metrics = evaluate(vqvae, d, x, y, args) if args.evaluate else {}
         data.report(run, "samples", metrics | cost)

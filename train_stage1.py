@@ -31,6 +31,7 @@ SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
 SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.03, "vbcreg": 0.03}
 VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
+NOISE_WEIGHT = 0.1  # of the likelihood that fits the decoder's variance
 
 
 def flags():
@@ -90,9 +91,12 @@ def stage1_losses(model, project, x, args):
     z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
     z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
     z_noisy = replace_tokens(model, z_q[:B], s[:B], args.token_noise)
-    x_hat, u_hat = model.decode(torch.cat([z_noisy, z_view]))
+    x_hat, u_hat, log_variance = model.decode(torch.cat([z_noisy, z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
+    # Gaussian negative log-likelihood; x^ itself follows the squared error alone
+    off, log_variance = (x - x_hat[:B]).detach(), log_variance[:B]
+    terms["noise"] = NOISE_WEIGHT * (log_variance + off.square() / log_variance.exp()).mean() / 2
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
@@ -169,20 +173,19 @@ def draw_reconstructions(run, model, d):
     """One row a class, originals in grey below their reconstructions; train left, test right."""
     rows = max(1, len(d.classes))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for column, (split, x, y) in enumerate(
         (("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test))
     ):
-        for c in range(rows):
-            axis = figure.add_subplot(rows, 2, 2 * c + column + 1)
-            of_class = x[y == c] if d.classes else x
-            if len(of_class):
-                axis.plot(of_class[0, 0].cpu().numpy(), color="0.6", lw=1, label="x")
-                x_hat = represent(model, of_class[:1])[0]
-                axis.plot(x_hat[0, 0].cpu().numpy(), color="C0", lw=1.2, label="x^")
+        axes[0, column].set_title(split)
+        axes[-1, column].set_xlabel("time step")
+        for c, axis in enumerate(axes[:, column]):
+            one = x[y == c][:1] if d.classes else x[:1]
+            axis.plot(one[:, 0].cpu().numpy().T, color="0.6", lw=1, label="x")
+            x_hat = represent(model, one)[0]
+            axis.plot(x_hat[:, 0].cpu().numpy().T, color="C0", lw=1.2, label="x^")
             axis.set_ylabel(f"class {d.classes[c]}" if d.classes else "")
-            axis.set_title(split if c == 0 else "", fontsize=10)
-    axis.legend(loc="upper right", fontsize=8)
-    axis.set_xlabel("time step")
+    axes[-1, -1].legend(loc="upper right", fontsize=8)
     data.save_figure(run / "reconstructions.png", figure)
 
 
@@ -191,32 +194,31 @@ def draw_curves(run, log, counts):
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     curves = {name: [record[name] for record in log] for name in log[0]}
-    epoch = curves.pop("epoch")
+    epoch, _ = curves.pop("epoch"), curves.pop("noise")  # a log-density, of either sign
     middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
     middle.plot(epoch, [v * len(counts) for v in curves.pop("codes_used")], label="codes in use")
     middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
-    middle.legend(fontsize=8)
     for name, values in curves.items():
         left.plot(epoch, values, label=name, ls="--" if "view" in name else "-")
     left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted")
-    left.legend(fontsize=7)
     shares = (counts / counts.sum()).sort(descending=True).values.numpy()
     right.bar(range(len(counts)), shares, width=0.9)
     right.axhline(1 / len(counts), color="0.5", ls=":", label="all alike")
     right.set(xlabel="code, by rank", ylabel="share of the training tokens")
-    right.legend(fontsize=8)
+    for axis in (left, middle, right):
+        axis.legend(fontsize=7)
     data.save_figure(run / "stage1.png", figure)
 
 
 def draw_views(run, x, names):
-    """One series and two draws of every augmentation in use, and of their sequence."""
+    """One series x (1,C,L) and two draws of every augmentation in use, and of their sequence."""
     rows = [*([name] for name in names), *([names] if len(names) > 1 else [])]
     figure = Figure(figsize=(9, 1.3 * len(rows) + 0.6), layout="constrained")
     for axis, row in zip(figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0], rows):
         axis.plot(x[0, 0].cpu().numpy(), color="0.6", lw=1, label="x")
-        for i in range(2):
-            view = data.augment(x[:1], row)[0, 0].cpu().numpy()
-            axis.plot(view, color=f"C{i}", lw=1, label=f"view {i + 1}")
+        for i in (1, 2):
+            view = data.augment(x, row)[0, 0].cpu().numpy()
+            axis.plot(view, color=f"C{i - 1}", lw=1, label=f"view {i}")
         axis.set_title(", then ".join(row), fontsize=9)
     axis.set_xlabel("time step")
     axis.legend(loc="upper right", fontsize=8, ncols=3)
@@ -265,7 +267,7 @@ if __name__ == "__main__":
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), C, L])
     log = data.restore(state, parts)
-    data.write_lines(run / "stage1.jsonl", log)
+    data.write_log(run / "stage1.jsonl", log)
 
     began, first_epoch = time.perf_counter(), len(log)
     for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
@@ -291,6 +293,6 @@ if __name__ == "__main__":
     data.report(run, "stage1", metrics | cost)
     draw_curves(run, log, counts)
     draw_reconstructions(run, model, d)
-    draw_views(run, d.x_train, args.augment)
+    draw_views(run, d.x_train[:1], args.augment)
     if d.classes and len(d.x_test) > 1:
         draw_classes(run, model, d, f"--ssl {args.ssl}")

@@ -31,7 +31,6 @@ def flags():
         help="t > 0 draws tokens anew each epoch from softmax(-distance/t) (default 0: nearest)")
     add = parser.add_argument_group("model").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
-    add("--dropout", type=data.number(float, 0, 0.9), default=0.0, help="default 0")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=data.number(int, 1), default=220, help="default 220; the thesis has 1000")
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
@@ -41,16 +40,8 @@ def flags():
     return parser
 
 
-@torch.no_grad()
-def distances(model, x):
-    """x (B,C,L) -> squared distance of every latent to every code, (B,N,K)."""
-    return torch.cat([model.quantiser.distances(model.encode(rows)) for rows in x.split(500)])
-
-
 def draw_tokens(distance, temperature):
-    """distance (B,N,K) -> s (B,N): the nearest code, or a draw from softmax(-distance/t)."""
-    if temperature == 0:
-        return distance.argmin(-1)
+    """distance (B,N,K) of latents to codes -> s (B,N) drawn from softmax(-distance/temperature)."""
     p = (-distance / temperature).softmax(-1)
     return torch.multinomial(p.flatten(0, 1), 1).view(distance.shape[:2])
 
@@ -86,30 +77,33 @@ if __name__ == "__main__":
     stop = data.watch_signals()
 
     stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
-    tokens_of = data.fingerprint(stage1["model"])
-    if state and state["tokens_of"] != tokens_of:
+    codes = stage1["model"]["quantiser.codes"]
+    if state and not torch.equal(state["codes"], codes):
         raise ValueError(f"{run}/stage1.pt has changed since {run}/stage2.pt was made from it")
     vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)
     d = data.load_again(stage1, device)
     K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
-    distance = distances(vqvae, d.x_train)
-    n = len(distance)
+    s_train = data.in_batches(vqvae.tokenise, d.x_train)
+    if args.token_temperature > 0:
+        distance = data.in_batches(lambda x: vqvae.quantiser.distances(vqvae.encode(x)), d.x_train)
+    n = len(s_train)
     B = min(args.batch_size, n)
     n_steps = math.ceil(n / B)
 
     # NOTE(differs): a narrower model, smaller batches and one cycle of the learning rate
-    arguments = dict(K=K, N=N, n_classes=len(d.classes), dropout=args.dropout)
+    arguments = dict(K=K, N=N, n_classes=len(d.classes))
     prior = MaskGIT(**arguments).to(device)
     optimiser, schedule = data.one_cycle(prior.parameters(), args.lr, args.epochs * n_steps)
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
-    constants = dict(stage=2, arguments=arguments, tokens_of=tokens_of)
+    constants = dict(stage=2, arguments=arguments, codes=codes)
     log = data.restore(state, parts)
-    data.write_lines(run / "stage2.jsonl", log)
+    data.write_log(run / "stage2.jsonl", log)
 
     began, first_epoch = time.perf_counter(), len(log)
     for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
         losses = []
-        s_train = draw_tokens(distance, args.token_temperature)
+        if args.token_temperature > 0:
+            s_train = draw_tokens(distance, args.token_temperature)
         for rows in torch.randperm(n, device=device).split(B):
             s, y = s_train[rows], d.y_train[rows] if d.classes else None
             is_masked = mask_tokens(s, args.schedule)
@@ -128,8 +122,7 @@ if __name__ == "__main__":
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     prior.eval()
-    s_test = distances(vqvae, d.x_test).argmin(-1)
-    nats = bound(prior, s_test, d.y_test)
+    nats = bound(prior, data.in_batches(vqvae.tokenise, d.x_test), d.y_test)
     draw_curves(run, log)
     data.report(run, "stage2", {"test_nats_per_series": nats, "test_nats_per_token": nats / N,
                                 "uniform_nats_per_token": math.log(K)} | cost)

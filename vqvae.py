@@ -139,30 +139,31 @@ class VQVAE(nn.Module):
 
     L: series length, at least 8. C: channels. D: latent width. K: number of codes.
     The encoder halves time until about `target_width` columns are left and keeps all H bins; the
-    decoder mirrors it. Raises ValueError for a series too short to transform.
+    decoder mirrors it and has C more channels, from which the variance of what it cannot say is
+    read. Raises ValueError for a series too short to transform.
     """
 
     def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, target_width=8):
         super().__init__()
         if L < n_fft:
             raise ValueError(f"series of length {L}: at least {n_fft} samples are needed")
-        self.L, self.n_fft, self.hop = L, n_fft, hop
+        self.L, self.C, self.n_fft, self.hop = L, C, n_fft, hop
         H, W = n_fft // 2 + 1, L // hop + 1
         n_halvings = max(0, round(math.log2(W / target_width)))
         widths = [W // 2**i for i in range(n_halvings + 1)]
         self.grid = (H, widths[-1])  # (H',W')
 
-        channels = [2 * C] + [D] * n_halvings
+        inputs, outputs = ([c * C] + [D] * n_halvings for c in (2, 3))
         along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
         down, up = [], []
         for i in range(n_halvings):
-            down += [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(channels[i], D, **along_time)]
+            down += [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(inputs[i], D, **along_time)]
             odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
-            back = nn.ConvTranspose2d(D, channels[i], output_padding=odd, **along_time)
+            back = nn.ConvTranspose2d(D, outputs[i], output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), back, *up]
         # no norm before the first convolution
         down = down[2:] or [nn.Conv2d(2 * C, D, 3, padding=1)]
-        up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 2 * C, 3, padding=1)]
+        up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 3 * C, 3, padding=1)]
         self.encoder = nn.Sequential(*down, *(ResidualBlock(D) for _ in range(n_blocks)))
         self.quantiser = VectorQuantiser(K, D, decay)
         self.decoder = nn.Sequential(*(ResidualBlock(D) for _ in range(n_blocks)), *up)
@@ -176,14 +177,17 @@ class VQVAE(nn.Module):
         return self.encoder(self.stft(x))
 
     def decode(self, z_q):
-        """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W)."""
-        u_hat = self.decoder(z_q)
-        return istft(u_hat, self.L, self.n_fft, self.hop), u_hat
+        """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_variance (B,C,L) of x around x^."""
+        u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
+        # NOTE(differs): elsewhere x^ is all; frame w is centred at sample w * hop
+        log_variance = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
+        return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_variance.clamp_min(-9)
 
     def tokenise(self, x):
         """x (B,C,L) -> s (B,N), row by row over the grid. Call in eval mode."""
         return self.quantiser.distances(self.encode(x)).argmin(-1)
 
-    def detokenise(self, s):
-        """s (B,N) -> x^ (B,C,L). Call in eval mode."""
-        return self.decode(self.quantiser.lookup(s, self.grid))[0]
+    def detokenise(self, s, noise=0.0):
+        """s (B,N) -> x^ (B,C,L), with noise 1 a draw from N(x^, exp(log_variance)). Eval mode."""
+        x_hat, _, log_variance = self.decode(self.quantiser.lookup(s, self.grid))
+        return x_hat + noise * (log_variance / 2).exp() * torch.randn_like(x_hat)
