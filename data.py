@@ -64,14 +64,11 @@ def two_patterns(n, generator, L=128):
     length 16..32, flat, in place of a N(0,1) background; it is then z-normalised (ddof 1). Classes:
     0 down-down, 1 up-down, 2 down-up, 3 up-up, where the first word is the first pattern.
     """
-
-    def uniform():
-        return torch.rand(n, generator=generator, dtype=torch.float64)
-
     y = torch.randint(4, (n,), generator=generator)
     l1, l2 = torch.randint(16, 33, (2, n), generator=generator)
-    t1 = (uniform() * (L - l1 - l2)).long()
-    t2 = t1 + l1 + (uniform() * (L - l1 - l2 - t1)).long()
+    u1, u2 = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    t1 = (u1 * (L - l1 - l2)).long()
+    t2 = t1 + l1 + (u2 * (L - l1 - l2 - t1)).long()
     x = torch.randn(n, L, generator=generator)
     t = torch.arange(L)
     for start, length, is_up in ((t1, l1, y % 2 == 1), (t2, l2, y >= 2)):
@@ -162,7 +159,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile):
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path}: not an .npz of plain arrays (objects are not read)") from None
     splits = []
     for split in ("train", "test"):
@@ -189,7 +186,7 @@ def locate(name, folder):
 
 
 def fetch(name, folder, mirrors=MIRRORS, timeout=30):
-    """Download NAME.zip and put its NAME_TRAIN and NAME_TEST files into folder/NAME.
+    """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths.
 
     Only these two members are read; each appears whole or not at all. OSError that names every
     address tried when none of them serves such a zip.
@@ -203,7 +200,7 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
             continue
         for member, content in members.items():
             write(folder / name / member, content)
-        return
+        return locate(name, folder)
     raise OSError(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
         f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"
@@ -244,10 +241,7 @@ def trim(series):
 
 
 def to_array(series, split, C, L):
-    """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly.
-
-    Prints how many series that touched.
-    """
+    """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly."""
     x, t = np.empty((len(series), C, L)), np.linspace(0, 1, L)
     for i, one in enumerate(series):
         present = np.isfinite(one)
@@ -276,8 +270,7 @@ def encode_labels(train, test):
         classes = sorted(set(train), key=float)
     except ValueError:
         classes = sorted(set(train))
-    unseen = sorted(set(test) - set(classes))
-    if unseen:
+    if unseen := sorted(set(test) - set(classes)):
         raise ValueError(f"test labels {unseen} do not occur in the training split {classes}")
     return classes, *(torch.tensor([classes.index(v) for v in split]) for split in (train, test))
 
@@ -297,10 +290,8 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     elif name.endswith(".npz"):
         splits = read_npz(Path(name))
     else:
-        if not locate(name, Path(folder)):
-            fetch(name, Path(folder), mirrors)
-        splits = [(read_ts if path.suffix == ".ts" else read_table)(path)
-                  for path in locate(name, Path(folder))]
+        paths = locate(name, Path(folder)) or fetch(name, Path(folder), mirrors)
+        splits = [(read_ts if path.suffix == ".ts" else read_table)(path) for path in paths]
     (train, y_train), (test, y_test) = splits
     if len(train) < 2 or not test:
         raise ValueError(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
@@ -312,10 +303,8 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
     std[std == 0] = 1  # a constant channel stays constant
     classes, y_train, y_test = encode_labels(y_train, y_test)
-    x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
-    x_train, x_test, mean, std = (
-        torch.tensor(v, dtype=torch.float32, device=device) for v in (x_train, x_test, mean, std)
-    )
+    scaled = (x_train - mean) / std, (x_test - mean) / std, mean, std
+    x_train, x_test, mean, std = (torch.tensor(v).float().to(device) for v in scaled)
     y_train, y_test = (None if y is None else y.to(device) for y in (y_train, y_test))
     return Dataset(x_train, y_train, x_test, y_test, classes, mean, std)
 
@@ -386,7 +375,6 @@ def augment(x, names):
 
 def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
-
     def convert(text):
         value = kind(text)
         if not low <= value <= high:
@@ -410,11 +398,11 @@ def run_flags(parser, trains):
         add("--resume", action="store_true", help="go on from the run's checkpoint")
         add("--save-every", type=number(int, 1), default=10, metavar="EPOCHS",
             help="epochs between checkpoints (default 10)")
+    return parser
 
 
 def begin(args):
     """Seed torch, return the device; from here on bad input ends in one line on stderr."""
-
     def one_line(kind, error, trace):
         if issubclass(kind, (ValueError, OSError)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -452,7 +440,11 @@ def newest_run(file):
 
 
 def write(path, content):
-    """Write bytes whole or not at all: under a temporary name, which is then renamed."""
+    """Write bytes, or what content(file) writes, whole or not at all: by renaming a temporary."""
+    if callable(content):
+        buffer = io.BytesIO()
+        content(buffer)
+        content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -462,37 +454,25 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def save_figure(path, figure):
-    """Write a picture as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write(path, content.getvalue())
-
-
 def one_cycle(parameters, lr, n_steps):
-    """AdamW and its learning rate: a tenth of n_steps up to lr, then down to nearly 0 by a cosine.
-
-    At least 11 steps are planned, as OneCycleLR divides by zero at a warm-up of exactly one.
-    """
-    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False
-    )
-    return optimiser, schedule
+    """AdamW and its learning rate: a tenth of n_steps up to lr, then to nearly 0 by a cosine."""
+    # constants by the README's ablation; 11, as OneCycleLR divides by zero at a one-step warm-up
+    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False)
 
 
 def finite_means(losses, names, epoch, run):
-    """Means by name of an epoch's losses, a list of (terms,) tensors: its one wait for the device.
+    """Log record of an epoch: the means by name of its losses, a list of (terms,) tensors.
 
-    ValueError naming the first term that is not finite, and its step.
+    Its one wait for the device. ValueError naming the first term that is not finite, and its step.
     """
     values = torch.stack(losses).cpu()  # (steps,terms)
     for step, term in (~values.isfinite()).nonzero().tolist():
         raise ValueError(
             f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
-            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data"
-        )
-    return dict(zip(names, values.mean(0).tolist()))
+            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data")
+    return {"epoch": epoch + 1} | dict(zip(names, values.mean(0).tolist()))
 
 
 def write_log(path, log):
@@ -500,24 +480,22 @@ def write_log(path, log):
     write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
 
 
-def end_epoch(run, parts, args, log, more, stop):
+def end_epoch(run, parts, args, log, constants, stop):
     """Write the log; save where it is time to; leave, with a line on how to go on, if `stop`.
 
     parts: {name: module, optimiser or schedule}, saved by their state. log: a record for each epoch
-    done. more: {name: anything plain}, with the stage.
+    done. constants: {name: anything plain}, with the stage.
     """
-    name = f"stage{more['stage']}"
+    name = f"stage{constants['stage']}"
     write_log(run / f"{name}.jsonl", log)
     if stop or len(log) % args.save_every == 0 or len(log) == args.epochs:
-        state = {name: part.state_dict() for name, part in parts.items()} | more
+        state = {key: part.state_dict() for key, part in parts.items()} | constants
         state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
         here_only = ("run", "resume", "device")
         state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
         if torch.cuda.is_available():
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        content = io.BytesIO()
-        torch.save(state, content)
-        write(run / f"{name}.pt", content.getbuffer())
+        write(run / f"{name}.pt", lambda file: torch.save(state, file))
     if stop:
         sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
 
@@ -587,12 +565,13 @@ def in_batches(function, x):
 
 
 def load_again(stage1, device):
-    """The data set that a stage-1 checkpoint was trained on."""
+    """The data set that a stage-1 checkpoint was trained on; ValueError if it has changed."""
     name = stage1["flags"]["dataset"]
     d = load(name, stage1["flags"]["data_dir"], device)
-    shape = [len(d.classes), *d.x_train.shape[1:]]
+    shape = [len(d.classes), *d.x_train.shape]
     if shape != stage1["shape"]:
-        raise ValueError(f"{name}: classes, channels, length {shape}, in stage 1 {stage1['shape']}")
+        raise ValueError(f"{name} has changed since stage 1: classes, training series, channels, "
+                         f"length were {stage1['shape']}, are {shape}")
     return d
 
 
@@ -610,11 +589,10 @@ def cost(began, n_steps, B, device):
     """Figures of n_steps of B series since `began`: time and rate (if any step was taken), and peak
     memory in MiB, of the GPU's allocator, or of the whole process on the CPU.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = (time.perf_counter() - began) / max(1, n_steps)
-    figures = {"seconds_per_step": seconds, "series_per_second": B / seconds} if n_steps else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
+    seconds = (time.perf_counter() - began) / max(1, n_steps)
+    figures = {"seconds_per_step": seconds, "series_per_second": B / seconds} if n_steps else {}
     return figures | {"peak_MiB": peak / 2**20}

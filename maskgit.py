@@ -71,9 +71,7 @@ class MaskGIT(nn.Module):
 
     def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
         super().__init__()
-        self.mask_id = K
-        self.no_class = n_classes
-        self.label_dropout = label_dropout
+        self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
@@ -144,6 +142,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1)
         drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
         score = log_p.gather(2, drawn[..., None])[..., 0]
+        # NOTE(differs): this at 4 or 4.5 is MaskGIT's; less of it is a hidden temperature below 1
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
         n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # 1e-4: floor(7.9999999) is 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)

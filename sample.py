@@ -11,7 +11,6 @@ own training split; so their values compare with each other, not with those of o
 """
 
 import argparse
-import io
 import math
 import time
 from functools import partial
@@ -58,8 +57,7 @@ def flags():
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
     add("--noise", type=data.number(float, 0), default=1.0,
         help="times the decoder's own deviation is added to x^ (default 1; published 0)")
-    data.run_flags(parser, trains=False)
-    return parser
+    return data.run_flags(parser, trains=False)
 
 
 def stretch(text):
@@ -81,6 +79,7 @@ def draw_labels(label, d, n):
 
 def uniform(s_M, K):
     """Logits (B,N,K) of the prior that this part of the thesis used: every token alike."""
+    # NOTE(differs): the follow-up's learned prior is the default here
     return torch.zeros(*s_M.shape, K, device=s_M.device)
 
 
@@ -100,32 +99,17 @@ def generate(vqvae, prior, y, s_M, args):
     return torch.cat(s), torch.cat(x), canvases[0]
 
 
-class FCN(nn.Module):
-    """Fully convolutional classifier (Wang et al. 2017): x (B,C,L) -> logits (B,classes).
-
-    `features` gives the pooled 128 channels before the last layer.
-    """
-
-    def __init__(self, C, n_classes):
-        super().__init__()
-        layers, inputs = [], C
-        for width, kernel in ((128, 8), (256, 5), (128, 3)):
-            layers += [nn.Conv1d(inputs, width, kernel, padding="same"), nn.BatchNorm1d(width)]
-            layers += [nn.ReLU()]
-            inputs = width
-        self.convolutions = nn.Sequential(*layers)
-        self.head = nn.Linear(inputs, n_classes)
-
-    def features(self, x):
-        return self.convolutions(x).mean(2)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
 def train_fcn(x, y, n_classes, n_steps, name):
-    """An FCN trained on x (B,C,L), y (B), in eval mode."""
-    fcn = FCN(x.shape[1], n_classes).to(x.device)
+    """Fully convolutional classifier (Wang et al. 2017) trained on x (B,C,L), y (B), in eval mode.
+
+    x -> logits (B,classes); without its last layer, fcn[:-1], x -> the 128 pooled features.
+    """
+    layers = []
+    for C, D, kernel in ((x.shape[1], 128, 8), (128, 256, 5), (256, 128, 3)):
+        layers += [nn.ZeroPad1d(((kernel - 1) // 2, kernel // 2)), nn.Conv1d(C, D, kernel)]
+        layers += [nn.BatchNorm1d(D), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, n_classes)]
+    fcn = nn.Sequential(*layers).to(x.device)
     optimiser = torch.optim.AdamW(fcn.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
     for _ in tqdm(range(n_steps), desc=f"classifier on {name}", leave=False):
@@ -179,7 +163,7 @@ def evaluate(vqvae, d, x, y, args):
     x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
     n_classes, n_steps = len(d.classes), args.fcn_steps
     fcn = train_fcn(d.x_train, d.y_train, n_classes, n_steps, "real")
-    real = data.in_batches(fcn.features, d.x_test)
+    real = data.in_batches(fcn[:-1], d.x_test)
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
     metrics = {}
     for name, sample, train_x, train_y in (
@@ -188,20 +172,13 @@ def evaluate(vqvae, d, x, y, args):
         ("generated", x, x, y),
     ):
         judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, n_steps, name)
-        a, b = halves if name == "real" else (real, data.in_batches(fcn.features, sample))
+        a, b = halves if name == "real" else (real, data.in_batches(fcn[:-1], sample))
         is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
         metrics[f"fid_{name}"] = frechet_distance(a, b)
         metrics[f"inception_{name}"] = inception_score(data.in_batches(fcn, sample))
         metrics[f"cas_{name}"] = is_right.float().mean().item()
     metrics["novelty"] = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
     return metrics
-
-
-def save_arrays(path, arrays):
-    """Write {name: array} to an .npz."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    data.write(path, content.getbuffer())
 
 
 def draw_samples(run, d, x, y):
@@ -219,7 +196,7 @@ def draw_samples(run, d, x, y):
         axes[-1, column].set_xlabel("time step")
     for row, axis in enumerate(axes[:, 0]):
         axis.set_ylabel("real" if row < 3 else "generated", fontsize=9)
-    data.save_figure(run / "samples.png", figure)
+    data.write(run / "samples.png", figure.savefig)
 
 
 def draw_decoding(run, canvases, grid, K):
@@ -233,7 +210,7 @@ def draw_decoding(run, canvases, grid, K):
             s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
             axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
             axis.set_title(f"{t}: {s.mask.sum()} masked", fontsize=8)
-    data.save_figure(run / "decoding.png", figure)
+    data.write(run / "decoding.png", figure.savefig)
 
 
 def impute(run, vqvae, prior, d, args):
@@ -252,7 +229,8 @@ def impute(run, vqvae, prior, d, args):
     s_M = data.in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, K)
     _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(N_FILLINGS, 0), args)
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
-    save_arrays(run / "imputed.npz", {"x": (filled * d.std + d.mean).cpu().numpy()})
+    x_own = (filled * d.std + d.mean).cpu()  # in the data's own units
+    data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
     draw_fillings(run, x, filled, hidden, start, end)
     truth = x[:, None, :, start:end]
     return {
@@ -269,15 +247,14 @@ def draw_fillings(run, x, filled, hidden, start, end):
     t = range(start, end)
     for i, axis in enumerate(figure.subplots(n_rows, 1, sharex=True, squeeze=False)[:, 0]):
         one = filled[i, :, 0].cpu().numpy()
-        axis.plot(x[i, 0].cpu().numpy(), color="0.6", lw=1, label="truth")
+        axis.plot(x[i, 0].cpu(), color="0.6", lw=1, label="truth")
         axis.plot(t, one.T, color="C0", lw=0.5)
         axis.fill_between(t, one.min(0), one.max(0), color="C0", alpha=0.25, label="fillings")
         axis.plot(t, one.mean(0), color="C1", label="their mean")
-        line = hidden[i, 0, start:end].cpu().numpy()
-        axis.plot(t, line, color="k", ls=":", label="straight line")
+        axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
     axis.set_xlabel("time step")
     axis.legend(fontsize=8, ncols=4, loc="upper right")
-    data.save_figure(run / "imputed.png", figure)
+    data.write(run / "imputed.png", figure.savefig)
 
 
 if __name__ == "__main__":
@@ -301,21 +278,23 @@ if __name__ == "__main__":
         parser.error(f"--impute ends at {args.impute[1]}, but the series have {vqvae.L} samples")
     if args.impute and (args.impute == (0, vqvae.L) or args.evaluate or args.label != "all"):
         parser.error("--impute takes a part of the series, and neither --label nor --evaluate")
-    if args.evaluate and (args.label != "all" or not d.classes or prior is None):
-        parser.error("--evaluate needs labelled data, the learned prior and series of all classes")
+    if args.prior == "uniform" and (args.evaluate or args.label not in ("all", "none")):
+        parser.error("--prior uniform knows no classes: neither --label nor --evaluate")
+    if args.evaluate and (args.label != "all" or not d.classes or min(args.n, len(d.x_test)) < 4):
+        parser.error("--evaluate needs labels and at least 4 series, of all classes, and 4 to test")
 
     if args.impute:
         data.report(run, "imputed", impute(run, vqvae, prior, d, args))
     else:
-        y = draw_labels(args.label, d, args.n) if prior else None
+        y = draw_labels(args.label, d, args.n) if prior is not None else None
         s_M = torch.full((args.n, N), K, device=device)
         began = time.perf_counter()
         s, x, canvases = generate(vqvae, prior, y, s_M, args)
         cost = data.cost(began, 1, args.n, device)
         cost["seconds"] = cost.pop("seconds_per_step")
         names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
-        x_own = (x * d.std + d.mean).cpu().numpy()  # in the data's own units
-        save_arrays(run / "samples.npz", {"x": x_own, "y": names, "s": s.cpu().numpy()})
+        x_own = (x * d.std + d.mean).cpu()  # in the data's own units
+        data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
         draw_samples(run, d, x, y)
         draw_decoding(run, canvases, vqvae.grid, K)
         metrics = evaluate(vqvae, d, x, y, args) if args.evaluate else {}

@@ -53,8 +53,7 @@ def barlow_twins(Z1, Z2, lambd=0.005):
     """
     with full_precision(Z1, Z2) as (Z1, Z2):
         B, F = Z1.shape
-        Z1 = (Z1 - Z1.mean(0)) / Z1.std(0, correction=0).clamp_min(1e-5)
-        Z2 = (Z2 - Z2.mean(0)) / Z2.std(0, correction=0).clamp_min(1e-5)
+        Z1, Z2 = ((Z - Z.mean(0)) / Z.std(0, correction=0).clamp_min(1e-5) for Z in (Z1, Z2))
         C_diagonal = (Z1 * Z2).mean(0)
         # NOTE(differs): the paper does not divide by F, the follow-up does
         return {
@@ -84,14 +83,11 @@ def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
     """VICReg: similarity, variance of both views, covariance (off-diagonal squares / F) of both."""
     with full_precision(Z1, Z2) as (Z1, Z2):
         B, F = Z1.shape
-        covariance = 0
-        for Z in (Z1, Z2):
-            centred = (Z - Z.mean(0)) / (B - 1) ** 0.5
-            covariance = covariance + off_diagonal_squares(centred, centred) / F
+        centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
         return {
             "similarity": sim_weight * similarity(Z1, Z2),
             "variance": var_weight * (expressiveness(Z1) + expressiveness(Z2)),
-            "covariance": cov_weight * covariance,
+            "covariance": cov_weight * sum(off_diagonal_squares(U, U) / F for U in centred),
         }
 
 
@@ -108,10 +104,7 @@ def decorrelation(Z):
 
 
 def vbcreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=100.0):
-    """VbCReg (thesis 0.3.2): similarity, feature expressiveness FcE, feature decorrelation FD.
-
-    The projections come from a projector that ends in IterNorm.
-    """
+    """VbCReg (thesis 0.3.2): similarity, FcE and FD of projections that end in IterNorm."""
     with full_precision(Z1, Z2) as (Z1, Z2):
         return {
             "similarity": sim_weight * similarity(Z1, Z2),
@@ -126,9 +119,7 @@ class IterNorm(nn.Module):
     Within each group, P_0 = I and P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2 tends to S^{-1/2}, where S is
     the group's covariance (plus eps I) over its trace; P_T / sqrt(trace) whitens. Five steps leave
     the smallest directions partly whitened, which keeps B < group_size finite. Eval mode uses
-    running averages of mean and whitening matrix.
-
-    F must be a multiple of group_size, else ValueError.
+    running averages of mean and whitening matrix. ValueError if group_size does not divide F.
     """
 
     def __init__(self, F, group_size=64, T=5, eps=1e-5, momentum=0.1):

@@ -959,6 +959,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "objects": (arrays(np.array([X, "a"], object)), NPZ, 1, r"not an .npz of plain arrays"),
     "all missing": (arrays(X * np.nan), NPZ, 1, r"series of 0 samples"),
     "no array file": (None, NPZ, 1, r"No such file or directory: 'own.npz'"),
+    "npy": (lambda folder: np.save(open(folder / "own.npz", "wb"), X), NPZ, 1, r"not an .npz of"),
     "npz of text": (lambda folder: (folder / "own.npz").write_text("x"), NPZ, 1, r"not an .npz"),
     "unwritable": (arrays(), "train_stage1 --dataset own.npz --run /proc/run", 1, r"/proc/run"),
     "in the way": (arrays(), "train_stage1 --dataset own.npz --run run", 1,
@@ -993,7 +994,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "seed": (None, "train_stage1 --seed -1", 2, "-1 is not between 0"),
     "save every 0": (None, "train_stage1 --save-every 0", 2, "0 is not between 1"),
     "device": (None, "train_stage1 --device tpu", 2, "invalid choice: 'tpu'"),
-    "other data": (None, "train_stage1 --run run --resume --dataset x", 2, "--dataset x contradict"),
+    "other data": (None, "train_stage1 --run run --resume --dataset x", 2, "--dataset x contra"),
     "other rate": (None, "train_stage2 --run run --resume --lr 0.5", 2, "--lr 0.5 contradicts"),
     "schedule": (None, "train_stage2 --schedule sine", 2, "invalid choice: 'sine'"),
     "token t": (None, "train_stage2 --token-temperature -1", 2, "-1 is not between 0"),
@@ -1004,7 +1005,9 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "guidance": (None, "sample --guidance -1", 2, "-1 is not between 0"),
     "prior": (None, "sample --prior ar", 2, "invalid choice: 'ar'"),
     "label": (None, "sample --run run --label 9", 2, "--label 9: the classes are 0, 1, 2"),
-    "one label": (None, "sample --run run --label 1 --evaluate", 2, "--evaluate needs labelled"),
+    "one label": (None, "sample --run run --label 1 --evaluate", 2, "--evaluate needs labels"),
+    "too few": (None, "sample --run run --n 3 --evaluate", 2, "--evaluate needs labels and at"),
+    "no classes": (None, "sample --run run --prior uniform --label 1", 2, "uniform knows no class"),
     "impute 9": (None, "sample --impute 9", 2, "invalid stretch value: '9'"),
     "impute back": (None, "sample --impute 20:10", 2, "START must be below END"),
     "impute past": (None, "sample --run run --impute 20:33", 2, "ends at 33, but .* 32 samples"),
@@ -1034,8 +1037,8 @@ def test_bad_input(case, finished, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_as_a_program(tmp_path):
     process = program("sample", "--device", "cuda", cwd=tmp_path)
-    error = process.communicate()[1]
-    assert process.returncode == 1 and re.fullmatch(r"sample.py: --device cuda: no CUDA .*\n", error)
+    assert re.fullmatch(r"sample.py: --device cuda: no CUDA .*\n", process.communicate()[1])
+    assert process.returncode == 1
 
 
 def test_a_full_disk(small, tmp_path):
@@ -1073,7 +1076,7 @@ def test_odd_sizes(flags, small, tmp_path):
     assert all(v.isfinite().all() for v in weights(tmp_path / "stage1.pt"))
 
 
-@pytest.mark.parametrize("y", [["a"] * 40, ["b"] * 39 + ["a"]])
+@pytest.mark.parametrize("y", [["a"] * 40, ["b"] * 39 + ["a"], ["a"] + ["b"] * 39])
 def test_one_class_and_a_class_of_one(y, small, tmp_path):
     with np.load(small) as arrays:
         arrays = dict(arrays) | {"y_train": np.array(y), "y_test": np.array(y[16:])}

@@ -64,8 +64,7 @@ def flags():
         help="B, at most; an epoch is cut into batches of one size (default 64; published 128)")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest of AdamW's one-cycle schedule (default 5e-3; published 1e-3)")
-    data.run_flags(parser, trains=True)
-    return parser
+    return data.run_flags(parser, trains=True)
 
 
 def replace_tokens(model, z_q, s, noise):
@@ -77,8 +76,8 @@ def replace_tokens(model, z_q, s, noise):
     # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
     draw = torch.rand(s.shape, device=s.device)
     is_replaced = draw < noise * torch.rand(len(s), 1, device=s.device)
-    random = torch.randint_like(s, len(model.quantiser.codes))
-    z_random = model.quantiser.lookup(random, z_q.shape[-2:])
+    s_random = torch.randint_like(s, len(model.quantiser.codes))
+    z_random = model.quantiser.lookup(s_random, z_q.shape[-2:])
     return z_random.where(is_replaced.view(-1, 1, *z_q.shape[-2:]), z_q)
 
 
@@ -86,6 +85,7 @@ def stage1_losses(model, project, x, args):
     """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N)."""
     B = len(x)
     n_views = 0 if args.ssl == "none" else args.views
+    # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
     views = [data.augment(x, args.augment) for _ in range(n_views)]
     z = model.encode(torch.cat([x, *views]))
     z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
@@ -95,8 +95,8 @@ def stage1_losses(model, project, x, args):
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
     # Gaussian negative log-likelihood; x^ itself follows the squared error alone
-    off, log_variance = (x - x_hat[:B]).detach(), log_variance[:B]
-    terms["noise"] = NOISE_WEIGHT * (log_variance + off.square() / log_variance.exp()).mean() / 2
+    error, log_variance = (x - x_hat[:B]).detach().square(), log_variance[:B]
+    terms["noise"] = NOISE_WEIGHT * (log_variance + error / log_variance.exp()).mean() / 2
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
@@ -120,9 +120,11 @@ def represent(model, x):
 
 def nearest_neighbours(Y_train, y_train, Y_test, k=5):
     """Labels by majority of the k nearest training rows (fewer if there are fewer)."""
-    k = min(k, len(Y_train))
-    neighbours = torch.cdist(Y_test, Y_train).topk(k, largest=False).indices
-    return F.one_hot(y_train[neighbours]).sum(1).argmax(1)
+    def vote(Y):
+        nearest = torch.cdist(Y, Y_train).topk(min(k, len(Y_train)), largest=False).indices
+        return F.one_hot(y_train[nearest]).sum(1).argmax(1)
+
+    return data.in_batches(vote, Y_test)
 
 
 def linear_probe(Y_train, y_train, Y_test, C=1.0):
@@ -174,25 +176,23 @@ def draw_reconstructions(run, model, d):
     rows = max(1, len(d.classes))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
-    for column, (split, x, y) in enumerate(
-        (("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test))
-    ):
-        axes[0, column].set_title(split)
-        axes[-1, column].set_xlabel("time step")
-        for c, axis in enumerate(axes[:, column]):
+    splits = ("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test)
+    for column, (split, x, y) in zip(axes.T, splits):
+        column[0].set_title(split)
+        column[-1].set_xlabel("time step")
+        for c, axis in enumerate(column):
             one = x[y == c][:1] if d.classes else x[:1]
-            axis.plot(one[:, 0].cpu().numpy().T, color="0.6", lw=1, label="x")
-            x_hat = represent(model, one)[0]
-            axis.plot(x_hat[:, 0].cpu().numpy().T, color="C0", lw=1.2, label="x^")
+            if len(one):  # the test split may lack a class
+                axis.plot(one[0, 0].cpu(), color="0.6", lw=1, label="x")
+                axis.plot(represent(model, one)[0][0, 0].cpu(), color="C0", lw=1.2, label="x^")
             axis.set_ylabel(f"class {d.classes[c]}" if d.classes else "")
-    axes[-1, -1].legend(loc="upper right", fontsize=8)
-    data.save_figure(run / "reconstructions.png", figure)
+    axes[0, 0].legend(loc="upper right", fontsize=8)
+    data.write(run / "reconstructions.png", figure.savefig)
 
 
 def draw_curves(run, log, counts):
     """Loss terms and use of the code book over the epochs; how often each code is chosen now."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = Figure(figsize=(12, 3.4), layout="constrained").subplots(1, 3)
     curves = {name: [record[name] for record in log] for name in log[0]}
     epoch, _ = curves.pop("epoch"), curves.pop("noise")  # a log-density, of either sign
     middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
@@ -207,36 +207,34 @@ def draw_curves(run, log, counts):
     right.set(xlabel="code, by rank", ylabel="share of the training tokens")
     for axis in (left, middle, right):
         axis.legend(fontsize=7)
-    data.save_figure(run / "stage1.png", figure)
+    data.write(run / "stage1.png", left.figure.savefig)
 
 
 def draw_views(run, x, names):
     """One series x (1,C,L) and two draws of every augmentation in use, and of their sequence."""
-    rows = [*([name] for name in names), *([names] if len(names) > 1 else [])]
+    rows = [[name] for name in names] + ([names] if len(names) > 1 else [])
     figure = Figure(figsize=(9, 1.3 * len(rows) + 0.6), layout="constrained")
     for axis, row in zip(figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0], rows):
-        axis.plot(x[0, 0].cpu().numpy(), color="0.6", lw=1, label="x")
+        axis.plot(x[0, 0].cpu(), color="0.6", lw=1, label="x")
         for i in (1, 2):
-            view = data.augment(x, row)[0, 0].cpu().numpy()
-            axis.plot(view, color=f"C{i - 1}", lw=1, label=f"view {i}")
+            axis.plot(data.augment(x, row)[0, 0].cpu(), color=f"C{i - 1}", lw=1, label=f"view {i}")
         axis.set_title(", then ".join(row), fontsize=9)
     axis.set_xlabel("time step")
     axis.legend(loc="upper right", fontsize=8, ncols=3)
-    data.save_figure(run / "views.png", figure)
+    data.write(run / "views.png", figure.savefig)
 
 
 def draw_classes(run, model, d, title):
     """Pooled z_q of the test split on its first two principal components, a colour a class."""
-    Y = represent(model, d.x_test[:1000])[1].cpu()
+    rows = torch.randperm(len(d.x_test), device=d.x_test.device)[:1000]
+    Y, y = represent(model, d.x_test[rows])[1].cpu(), d.y_test[rows].cpu()
     plane = (Y - Y.mean(0)) @ torch.pca_lowrank(Y, 2)[2]
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(4.5, 4), layout="constrained").subplots()
     for c, name in enumerate(d.classes):
-        points = plane[(d.y_test[:1000] == c).cpu()]
-        axis.scatter(*points.T.numpy(), s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
+        axis.scatter(*plane[y == c].T.numpy(), s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
     axis.set(xlabel="first component", ylabel="second component", title=title)
     axis.legend(fontsize=7)
-    data.save_figure(run / "classes.png", figure)
+    data.write(run / "classes.png", axis.figure.savefig)
 
 
 if __name__ == "__main__":
@@ -251,21 +249,24 @@ if __name__ == "__main__":
         args.ssl_weight = SSL_WEIGHTS[args.ssl]
     stop = data.watch_signals()
 
-    d = data.load(args.dataset, args.data_dir, device)
+    if state:
+        d = data.load_again(state, device)
+    else:
+        d = data.load(args.dataset, args.data_dir, device)
     n, C, L = d.x_train.shape
-    n_steps = max(1, min(math.ceil(n / args.batch_size), n // 2))  # an epoch; B >= 2 for BatchNorm
+    n_steps = min(math.ceil(n / args.batch_size), n // 2)  # an epoch; B >= 2 for BatchNorm
 
-    K = args.codebook_size
-    arguments = dict(L=L, C=C, D=64, K=K)
+    arguments = dict(L=L, C=C, K=args.codebook_size)
     model = VQVAE(**arguments).to(device, memory_format=torch.channels_last)
+    K, D = model.quantiser.codes.shape
     project = nn.Identity()
     if args.ssl != "none":
-        project = projector(64, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
+        project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
     weights = [*model.parameters(), *project.parameters()]
     # NOTE(differs): warm-up, beta2, clipping and batch; each row of the README's ablation
     optimiser, schedule = data.one_cycle(weights, args.lr, args.epochs * n_steps)
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
-    constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), C, L])
+    constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), n, C, L])
     log = data.restore(state, parts)
     data.write_log(run / "stage1.jsonl", log)
 
@@ -281,10 +282,9 @@ if __name__ == "__main__":
             schedule.step()
             losses.append(torch.stack(list(terms.values())).detach())
             counts.index_add_(0, s.flatten(), torch.ones(s.numel(), device=device))
-        record = data.finite_means(losses, list(terms), epoch, run)
-        record |= {"perplexity": perplexity(counts).item(),
-                   "codes_used": (counts > 0).float().mean().item()}
-        log.append({"epoch": epoch + 1} | record)
+        log.append(data.finite_means(losses, list(terms), epoch, run) | {
+            "perplexity": perplexity(counts).item(),
+            "codes_used": (counts > 0).float().mean().item()})
         data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 

@@ -36,8 +36,7 @@ def flags():
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=2e-3,
         help="highest of AdamW's one-cycle schedule (default 2e-3; published 1e-3)")
-    data.run_flags(parser, trains=True)
-    return parser
+    return data.run_flags(parser, trains=True)
 
 
 def draw_tokens(distance, temperature):
@@ -59,13 +58,12 @@ def bound(prior, s, y):
 def draw_curves(run, log):
     """Loss and accuracy on the masked tokens over the epochs."""
     epoch, loss, accuracy = ([record[k] for record in log] for k in ("epoch", "loss", "accuracy"))
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = Figure(figsize=(9, 3), layout="constrained").subplots(1, 2)
     left.plot(epoch, loss)
     left.set(xlabel="epoch", ylabel="cross-entropy, nats a masked token")
     right.plot(epoch, accuracy)
     right.set(xlabel="epoch", ylabel="accuracy on masked tokens", ylim=(0, 1))
-    data.save_figure(run / "stage2.png", figure)
+    data.write(run / "stage2.png", left.figure.savefig)
 
 
 if __name__ == "__main__":
@@ -87,8 +85,7 @@ if __name__ == "__main__":
     if args.token_temperature > 0:
         distance = data.in_batches(lambda x: vqvae.quantiser.distances(vqvae.encode(x)), d.x_train)
     n = len(s_train)
-    B = min(args.batch_size, n)
-    n_steps = math.ceil(n / B)
+    n_steps = math.ceil(n / args.batch_size)
 
     # NOTE(differs): a narrower model, smaller batches and one cycle of the learning rate
     arguments = dict(K=K, N=N, n_classes=len(d.classes))
@@ -104,7 +101,7 @@ if __name__ == "__main__":
         losses = []
         if args.token_temperature > 0:
             s_train = draw_tokens(distance, args.token_temperature)
-        for rows in torch.randperm(n, device=device).split(B):
+        for rows in torch.randperm(n, device=device).split(args.batch_size):
             s, y = s_train[rows], d.y_train[rows] if d.classes else None
             is_masked = mask_tokens(s, args.schedule)
             logits = prior(s.masked_fill(is_masked, K), y)
@@ -116,8 +113,7 @@ if __name__ == "__main__":
             schedule.step()
             is_right = (logits.detach().argmax(-1) == s) & is_masked
             losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum()]))
-        record = data.finite_means(losses, ["loss", "accuracy"], epoch, run)
-        log.append({"epoch": epoch + 1} | record)
+        log.append(data.finite_means(losses, ["loss", "accuracy"], epoch, run))
         data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
