@@ -589,7 +589,8 @@ def cost(began, n_steps, B, device):
     """Figures of n_steps of B series since `began`: time and rate (if any step was taken), and peak
     memory in MiB, of the GPU's allocator, or of the whole process on the CPU.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)

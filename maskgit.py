@@ -123,13 +123,13 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps draws every masked entry from its own distribution (softened by
-    temperature), scores each draw by its log-probability plus Gumbel noise times
+    temperature), scores each draw by its unsoftened log-probability plus Gumbel noise times
     choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest of the n entries that
     were masked at first again. Known entries stay; at least one entry is settled a step.
 
-    Each of n_revisions rounds after that masks the quarter of the n entries that look least
-    probable (with Gumbel noise; read at entries that are not masked, which no loss has trained) and
-    refills it in three such steps.
+    Each of n_revisions rounds after that masks the quarter of the n entries whose present token has
+    the lowest log-probability plus Gumbel noise, and refills it in three such steps. A heuristic:
+    these logits are read at known entries, where the training loss is never taken.
 
     Returns all canvases, (1 + n_steps + 4 n_revisions,B,N), s_M first; the last is complete.
     """
@@ -142,7 +142,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1)
         drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
         score = log_p.gather(2, drawn[..., None])[..., 0]
-        # NOTE(differs): this at 4 or 4.5 is MaskGIT's; less of it is a hidden temperature below 1
+        # NOTE(differs): MaskGIT has 4.5; with less noise probable draws stay, as at temperature < 1
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
         n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # 1e-4: floor(7.9999999) is 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)

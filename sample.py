@@ -4,8 +4,9 @@
     python sample.py --evaluate
     python sample.py --impute 40:70
 
-Leaves in the run folder: samples.npz (x (n,C,L) in the data's own units, y, s), samples.png,
-decoding.png, metrics.json; or imputed.npz (x (n,10,C,END-START)) and imputed.png.
+Leaves in the run folder: samples.npz (x (n,C,L) in the data's own units, y (n) the names of their
+classes, "" without one, s (n,N)), samples.png, decoding.png, metrics.json; or imputed.npz
+(x (n,10,C,END-START)) and imputed.png.
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
 """
@@ -84,7 +85,7 @@ def uniform(s_M, K):
 
 
 def generate(vqvae, prior, y, s_M, args):
-    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), row 0's canvases (T,N)."""
+    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), row 0's canvases."""
     parts, K = [], len(vqvae.quantiser.codes)
     B = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
     for i in tqdm(range(0, len(s_M), B), desc="decoding", leave=False):
@@ -184,7 +185,7 @@ def evaluate(vqvae, d, x, y, args):
 def draw_samples(run, d, x, y):
     """Real series (upper rows) above generated ones, the same axes, one column a class."""
     columns = range(min(8, len(d.classes))) if y is not None else [None]
-    figure = Figure(figsize=(max(5, 2.6 * len(columns)), 6.5), layout="constrained")
+    figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
     for column, c in enumerate(columns):
         for half, (v, labels) in enumerate(((d.x_test, d.y_test), (x, y))):
@@ -223,9 +224,11 @@ def impute(run, vqvae, prior, d, args):
     ends = (before if start else after), (after if end < vqvae.L else before)
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
-    (H, W), K = vqvae.grid, len(vqvae.quantiser.codes)
-    first = torch.arange(W, device=x.device) * vqvae.L / W  # sample at which a column begins
-    is_touched = ((first < end) & (first + vqvae.L / W > start)).repeat(H)
+    (n_rows, n_columns), K = vqvae.grid, len(vqvae.quantiser.codes)
+    first = torch.arange(n_columns, device=x.device) * vqvae.stride  # sample of each column
+    last = first + vqvae.stride
+    last[-1] = vqvae.L  # halving drops odd columns, so the rest is the last one's
+    is_touched = ((first < end) & (last > start)).repeat(n_rows)
     s_M = data.in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, K)
     _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(N_FILLINGS, 0), args)
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]

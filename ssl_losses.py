@@ -46,7 +46,7 @@ def off_diagonal_squares(A, B):
 
 
 def barlow_twins(Z1, Z2, lambd=0.005):
-    """Barlow Twins (thesis 0.3.1): sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2, over F.
+    """Barlow Twins (thesis 0.3.1): (sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2) / F.
 
     C = Z1^T Z2 / B with every feature standardised over the batch, by the biased deviation, so
     that identical views give C_ii = 1.
@@ -80,7 +80,10 @@ def expressiveness(Z, gamma=1.0, eps=1e-4):
 
 
 def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
-    """VICReg: similarity, variance of both views, covariance (off-diagonal squares / F) of both."""
+    """VICReg: similarity, variance of both views, covariance (off-diagonal squares / F) of both.
+
+    Weights as in its paper.
+    """
     with full_precision(Z1, Z2) as (Z1, Z2):
         B, F = Z1.shape
         centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
@@ -92,7 +95,7 @@ def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
 
 
 def decorrelation(Z):
-    """FD or covariance term, eq. (2): mean over F x F of C_ij^2, i != j. Z (B,F) -> [0,1).
+    """FD or covariance term of C, eq. (2): sum_{i != j} C_ij^2 / F^2. Z (B,F) -> [0,1).
 
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.
@@ -104,7 +107,10 @@ def decorrelation(Z):
 
 
 def vbcreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=100.0):
-    """VbCReg (thesis 0.3.2): similarity, FcE and FD of projections that end in IterNorm."""
+    """VbCReg (thesis 0.3.2): similarity, FcE and FD of projections that end in IterNorm.
+
+    Weights as in the follow-up (NC-VQVAE, arXiv 2408.16613).
+    """
     with full_precision(Z1, Z2) as (Z1, Z2):
         return {
             "similarity": sim_weight * similarity(Z1, Z2),
@@ -119,7 +125,8 @@ class IterNorm(nn.Module):
     Within each group, P_0 = I and P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2 tends to S^{-1/2}, where S is
     the group's covariance (plus eps I) over its trace; P_T / sqrt(trace) whitens. Five steps leave
     the smallest directions partly whitened, which keeps B < group_size finite. Eval mode uses
-    running averages of mean and whitening matrix. ValueError if group_size does not divide F.
+    running averages of mean and whitening matrix, with `momentum` the weight of the new value.
+    ValueError if group_size does not divide F. Below, G groups of d = group_size features.
     """
 
     def __init__(self, F, group_size=64, T=5, eps=1e-5, momentum=0.1):

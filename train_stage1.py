@@ -47,8 +47,8 @@ def flags():
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
     add("--token-noise", type=data.number(float, 0, 1), default=0.3,
-        help="up to this share of a series' tokens is random when decoded in training (default "
-        "0.3; published 0)")
+        help="in training each token is replaced before decoding with a probability up to this "
+        "(default 0.3; published 0)")
     add = parser.add_argument_group("SSL").add_argument
     add("--ssl", choices=SSL_WEIGHTS, default="vbcreg", type=lambda s: s.replace("vib", "vb"),
         help="loss on the two views; vibcreg is another name of vbcreg (default vbcreg)")
@@ -59,19 +59,20 @@ def flags():
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
         help="F, a multiple of 64 (default 1024; published 4096)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=data.number(int, 1), default=120, help="default 120; the thesis has 1000")
+    add("--epochs", type=data.number(int, 1), default=120, help="default 120; published 1000")
     add("--batch-size", type=data.number(int, 2), default=64,
-        help="B, at most; an epoch is cut into batches of one size (default 64; published 128)")
+        help="B, at most; batch sizes of an epoch differ by one (default 64; published 128)")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest of AdamW's one-cycle schedule (default 5e-3; published 1e-3)")
     return data.run_flags(parser, trains=True)
 
 
 def replace_tokens(model, z_q, s, noise):
-    """z_q (B,D,H',W') with a share of each row's tokens s (B,N), U(0, noise), drawn at random.
+    """z_q (B,D,H',W') with each of the tokens s (B,N) replaced with probability p by any code.
 
-    The decoder learns to get along with some wrong tokens, and so the tokens to share what they
-    say: they are easier to predict, and series from a prior that errs here and there stay sharp.
+    p ~ U(0, noise) for each row; no gradient passes to z where a token is replaced. The decoder
+    learns to get along with some wrong tokens, and so the tokens to share what they say: they are
+    easier to predict, and series from a prior that errs here and there stay sharp.
     """
     # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
     draw = torch.rand(s.shape, device=s.device)
@@ -94,15 +95,17 @@ def stage1_losses(model, project, x, args):
     x_hat, u_hat, log_variance = model.decode(torch.cat([z_noisy, z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
-    # Gaussian negative log-likelihood; x^ itself follows the squared error alone
+    # Gaussian negative log-likelihood, x^ held fixed; it also trains the layers that both share
     error, log_variance = (x - x_hat[:B]).detach().square(), log_variance[:B]
     terms["noise"] = NOISE_WEIGHT * (log_variance + error / log_variance.exp()).mean() / 2
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
-        # straight-through: the SSL gradient of this side reaches z by way of its codes
+        # straight-through: Y1's gradient passes to z unchanged, and the codes follow z
         # NOTE(differs): average alone, the follow-up has the maximum beside it
+        # NOTE(differs): Y and Y' alike in the text; here, as in the follow-up, Y1 from the codes
         Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
+        # two calls: the projector's batch norm sees one branch at a time
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
             terms[name] = args.ssl_weight * term
     return terms, s[:B]
@@ -110,7 +113,7 @@ def stage1_losses(model, project, x, args):
 
 @torch.no_grad()
 def represent(model, x):
-    """x (B,C,L) -> x^ (B,C,L), average-pooled z_q (B,D), tokens s (B,N), in eval mode."""
+    """x (B,C,L) -> x^ (B,C,L), average-pooled z_q (B,D), tokens s (B,N). Call in eval mode."""
     parts = []
     for rows in x.split(500):
         z_q, s, _ = model.quantiser(model.encode(rows))
@@ -194,7 +197,7 @@ def draw_curves(run, log, counts):
     """Loss terms and use of the code book over the epochs; how often each code is chosen now."""
     left, middle, right = Figure(figsize=(12, 3.4), layout="constrained").subplots(1, 3)
     curves = {name: [record[name] for record in log] for name in log[0]}
-    epoch, _ = curves.pop("epoch"), curves.pop("noise")  # a log-density, of either sign
+    epoch, _ = curves.pop("epoch"), curves.pop("noise")  # can be negative
     middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
     middle.plot(epoch, [v * len(counts) for v in curves.pop("codes_used")], label="codes in use")
     middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
@@ -263,7 +266,7 @@ if __name__ == "__main__":
     if args.ssl != "none":
         project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
     weights = [*model.parameters(), *project.parameters()]
-    # NOTE(differs): warm-up, beta2, clipping and batch; each row of the README's ablation
+    # NOTE(differs): the constants of data.one_cycle, clipping and batch, by the README's ablation
     optimiser, schedule = data.one_cycle(weights, args.lr, args.epochs * n_steps)
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), n, C, L])

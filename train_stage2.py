@@ -32,7 +32,7 @@ def flags():
     add = parser.add_argument_group("model").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=data.number(int, 1), default=220, help="default 220; the thesis has 1000")
+    add("--epochs", type=data.number(int, 1), default=220, help="default 220; published 1000")
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=2e-3,
         help="highest of AdamW's one-cycle schedule (default 2e-3; published 1e-3)")

@@ -61,7 +61,7 @@ class VectorQuantiser(nn.Module):
     `codes` (K,D) always equals `sums` / `counts`, the averaged sum and number of the latents that
     chose each code. A code that almost nothing chooses is moved onto a random latent of the batch
     together with its sum and count, so that the next average does not drag it back. Counts start
-    at zero, so the first training batch places every code by that same rule.
+    at zero, so the first training batch places every code by that same rule; until then all are 0.
 
     decay: share of the old average kept a step. In eval mode no buffer changes.
     """
@@ -92,6 +92,7 @@ class VectorQuantiser(nn.Module):
             self.revive(latents)
         s = self.distances(z.detach()).argmin(-1)
         z_q = self.lookup(s, z.shape[-2:])
+        # NOTE(differs): VQ-VAE's paper weighs this by 0.25 and has a decay of 0.99
         commitment = F.mse_loss(z, z_q)
         if self.training:
             self.update(latents, s.flatten())
@@ -103,7 +104,7 @@ class VectorQuantiser(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents):
-        """Move codes chosen by under 1 % of their fair share of latents (B*N,D) onto such latents.
+        """Move codes whose count is under 1 % of a fair share, B*N/K, onto random latents (B*N,D).
 
         A revived code starts with the count of a fair share: about 44 steps (at decay 0.9) pass
         before it can be moved again.
@@ -147,6 +148,7 @@ class VQVAE(nn.Module):
         n_halvings = max(0, round(math.log2(W / target_width)))
         widths = [W // 2**i for i in range(n_halvings + 1)]
         self.grid = (H, widths[-1])  # (H',W')
+        self.stride = hop * 2**n_halvings  # samples from one column of the grid to the next
 
         inputs, outputs = ([c * C] + [D] * n_halvings for c in (2, 3))
         along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
@@ -174,7 +176,7 @@ class VQVAE(nn.Module):
     def decode(self, z_q):
         """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_variance (B,C,L) of x around x^."""
         u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
-        # frame w is centred at sample w * hop; a deviation below .011 of the data's is none
+        # frame w lies at sample w * hop, one off at most; a deviation under .011 of the data's is 0
         # NOTE(differs): other decoders have no variance
         log_variance = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
         return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_variance.clamp_min(-9)
