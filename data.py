@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import pickle
 import resource
 import signal
 import sys
@@ -127,26 +126,34 @@ def read_ts(path):
     ValueError where the header contradicts the data.
     """
     header, series, labels = {}, [], []
+
+    def says(key):
+        return header.get(key, [""])[0].lower()
+
     for i, line in numbered_lines(path):
         where = f"{path}, line {i}"
         if line.startswith("@"):
-            key, *values = line[1:].split()
+            key, *values = [*line[1:].split(), ""]
             header[key.lower()] = values
             continue
         *channels, label = line.strip().split(":")
-        has_labels, *classes = header.get("classlabel", ["false"])
-        if has_labels != "true":
+        if says("classlabel") != "true":
             channels.append(label)
-        elif label in classes:
+        elif label in header["classlabel"][1:-1]:
             labels.append(label)
         else:
             raise ValueError(f"{where}: label {label!r} is not in @classLabel")
         rows = [parse(channel.split(","), where) for channel in channels]
-        C = 1 if header.get("univariate") == ["true"] else len(rows)
-        L = int(header.get("serieslength", [len(rows[0])])[0])
-        if [len(row) for row in rows] != [L] * C:
-            raise ValueError(f"{where}: channels of {[len(row) for row in rows]} values, but the "
-                             f"header or the first channel says {[L] * C}")
+        lengths = [len(row) for row in rows]
+        C = says("dimensions") or (1 if says("univariate") == "true" else len(rows))
+        is_equal = series and says("equallength") == "true"
+        L = says("serieslength") or (series[0].shape[1] if is_equal else lengths[0])
+        C, L = map(int, parse([str(C), str(L)], f"{where}, by the header"))
+        if lengths != [L] * C:
+            raise ValueError(f"{where}: channels of {lengths} values, but by the header (or the "
+                             f"series before, or the first channel) they are {[L] * C}")
+        if says("missing") == "false" and np.isnan(sum(rows, [])).any():
+            raise ValueError(f"{where}: a missing value, but the header says @missing false")
         series.append(np.array(rows))
     return series, labels or None
 
@@ -159,8 +166,12 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+    except OSError:
+        raise
+    except Exception:  # what NumPy raises depends on the bytes
         raise ValueError(f"{path}: not an .npz of plain arrays (objects are not read)") from None
+    if ("y_train" in arrays) != ("y_test" in arrays):
+        raise ValueError(f"{path}: labels of one split only; it holds {sorted(arrays)}")
     splits = []
     for split in ("train", "test"):
         x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
@@ -170,7 +181,7 @@ def read_npz(path):
             raise ValueError(f"{path}: x_{split} must be finite numbers of shape (N,L) or (N,C,L)")
         if y is not None and y.shape != (len(x),):
             raise ValueError(f"{path}: y_{split} has shape {y.shape}, x_{split} {len(x)} rows")
-        x = x.astype(np.float64).reshape(len(x), -1, x.shape[-1])
+        x = (x[:, None] if x.ndim == 2 else x).astype(np.float64)  # (N,C,L)
         splits.append((list(x), None if y is None else [str(label) for label in y]))
     return splits
 
@@ -301,7 +312,9 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
         raise ValueError(f"{name}: series of {L} samples; at least {MIN_LENGTH} are needed")
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-    std[std == 0] = 1  # a constant channel stays constant
+    if (std == 0).any():
+        print(f"{(std == 0).sum()} constant channels, which stay constant")
+        std[std == 0] = 1
     classes, y_train, y_test = encode_labels(y_train, y_test)
     scaled = (x_train - mean) / std, (x_test - mean) / std, mean, std
     x_train, x_test, mean, std = (torch.tensor(v).float().to(device) for v in scaled)
@@ -377,7 +390,7 @@ def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -404,7 +417,9 @@ def run_flags(parser, trains):
 def begin(args):
     """Seed torch, return the device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
-        if issubclass(kind, (ValueError, OSError)):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        elif issubclass(kind, (ValueError, OSError)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
@@ -456,7 +471,8 @@ def write(path, content):
 
 def one_cycle(parameters, lr, n_steps):
     """AdamW and its learning rate: a tenth of n_steps up to lr, then to nearly 0 by a cosine."""
-    # constants by the README's ablation; 11, as OneCycleLR divides by zero at a one-step warm-up
+    # NOTE(differs): betas and weight decay by the README's ablation
+    # 11, as OneCycleLR divides by zero at a one-step warm-up
     optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     return optimiser, torch.optim.lr_scheduler.OneCycleLR(
         optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False)
@@ -496,6 +512,9 @@ def end_epoch(run, parts, args, log, constants, stop):
         if torch.cuda.is_available():
             state["cuda_rng"] = torch.cuda.get_rng_state()
         write(run / f"{name}.pt", lambda file: torch.save(state, file))
+    if len(log) == args.epochs:  # nothing is left to lose
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
         sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
 
@@ -506,10 +525,10 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["stage"] == stage:
+        if state["stage"] == stage and {"arguments", "flags", "log", "rng", "epoch"} < set(state):
             return state
         reason = f"it is of stage {state['stage']}"
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    except Exception as error:  # what an unpickler raises depends on the bytes
         reason = type(error).__name__
     raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
 
@@ -527,10 +546,11 @@ def resume(parser, args, path, stage):
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()
-    for name, value in state["flags"].items():
-        if name != "save_every" and getattr(args, name) != value:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} {getattr(args, name)} contradicts {path}, made with {value}")
+    kept = {k: v for k, v in state["flags"].items() if k != "save_every"}
+    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value}"
+             for name, value in kept.items() if getattr(args, name) != value]
+    if wrong:
+        parser.error(f"{' and '.join(wrong)} in {path}")
     if state["epoch"] == args.epochs:
         print(f"{path}: all {args.epochs} epochs are done already")
     return args, state

@@ -69,6 +69,7 @@ class MaskGIT(nn.Module):
     only, which is what makes guidance and unconditional sampling possible.
     """
 
+    # NOTE(differs): published width 256, 2 heads
     def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
         super().__init__()
         self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout

@@ -37,7 +37,7 @@ def flags():
     """The command line."""
     parser = argparse.ArgumentParser(description="Generate series from a trained run.")
     add = parser.add_argument_group("what to draw").add_argument
-    add("--n", type=data.number(int, 1), default=1000, help="number of series (default 1000)")
+    add("--n", type=data.number(int, 1, 10**6), default=1000, help="series (default 1000)")
     add("--label", default="all", help="a class of the data set; all: each as often as in training "
         "(default); none: unconditional")
     add("--impute", type=stretch, metavar="START:END",
@@ -184,7 +184,7 @@ def evaluate(vqvae, d, x, y, args):
 
 def draw_samples(run, d, x, y):
     """Real series (upper rows) above generated ones, the same axes, one column a class."""
-    columns = range(min(8, len(d.classes))) if y is not None else [None]
+    columns = range(len(d.classes)) if y is not None else [None]
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
     for column, c in enumerate(columns):
@@ -196,12 +196,12 @@ def draw_samples(run, d, x, y):
         axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
         axes[-1, column].set_xlabel("time step")
     for row, axis in enumerate(axes[:, 0]):
-        axis.set_ylabel("real" if row < 3 else "generated", fontsize=9)
+        axis.set_ylabel("real x" if row < 3 else "generated x", fontsize=9)
     data.write(run / "samples.png", figure.savefig)
 
 
 def draw_decoding(run, canvases, grid, K):
-    """The token grid of one series after each step: frequency upwards, time to the right."""
+    """The token grid of one series after each step; white is [MASK]."""
     columns = min(8, len(canvases))
     rows = math.ceil(len(canvases) / columns)
     figure = Figure(figsize=(1.4 * columns, 1.3 * rows), layout="constrained")
@@ -211,6 +211,8 @@ def draw_decoding(run, canvases, grid, K):
             s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
             axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
             axis.set_title(f"{t}: {s.mask.sum()} masked", fontsize=8)
+    figure.supxlabel("time (column of the grid)", fontsize=9)
+    figure.supylabel("frequency (row)", fontsize=9)
     data.write(run / "decoding.png", figure.savefig)
 
 
@@ -225,7 +227,8 @@ def impute(run, vqvae, prior, d, args):
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
     (n_rows, n_columns), K = vqvae.grid, len(vqvae.quantiser.codes)
-    first = torch.arange(n_columns, device=x.device) * vqvae.stride  # sample of each column
+    # samples of each column: frames are centred at multiples of hop
+    first = torch.arange(n_columns, device=x.device) * vqvae.stride - vqvae.hop / 2
     last = first + vqvae.stride
     last[-1] = vqvae.L  # halving drops odd columns, so the rest is the last one's
     is_touched = ((first < end) & (last > start)).repeat(n_rows)
@@ -255,8 +258,9 @@ def draw_fillings(run, x, filled, hidden, start, end):
         axis.fill_between(t, one.min(0), one.max(0), color="C0", alpha=0.25, label="fillings")
         axis.plot(t, one.mean(0), color="C1", label="their mean")
         axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
+        axis.set_ylabel("x, scaled")
     axis.set_xlabel("time step")
-    axis.legend(fontsize=8, ncols=4, loc="upper right")
+    axis.legend(fontsize=8, ncols=4, loc="lower left")
     data.write(run / "imputed.png", figure.savefig)
 
 

@@ -48,7 +48,7 @@ def seeded():
 
 
 def script(name, *flags):
-    """Run a script in this process under these flags; signals and hooks are put back.
+    """Run a script in this process under these flags; return its globals; put all hooks back.
 
     An error that the script's own hook turns into a line ends as it would outside: SystemExit(1).
     """
@@ -56,7 +56,7 @@ def script(name, *flags):
     handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     sys.argv = [f"{name}.py", *map(str, flags)]
     try:
-        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+        return runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
     except (ValueError, OSError):
         if sys.excepthook is hook:
             raise
@@ -146,6 +146,7 @@ def test_shapes(L):
     x_hat, u_hat, log_variance = model.decode(z)
     H, W = model.grid
     assert z.shape == (3, 64, H, W) and H == 5 and 5 <= W <= 11
+    assert (W - 1) * model.stride - 1 < L  # every column begins inside the series
     assert x_hat.shape == log_variance.shape == x.shape and u_hat.shape == model.stft(x).shape
     model.eval()
     assert model.detokenise(model.tokenise(x)).shape == x.shape
@@ -578,12 +579,13 @@ def table(folder, train, test="1 0 0 1 1 2 2 3 3\n2 1 0 2 1 4 2 5 3\n", ending="
     return folder
 
 
-def test_gaps_tails_and_labels_by_hand(tmp_path):
+def test_gaps_tails_and_labels_by_hand(tmp_path, capsys):
     row = " ".join(map(str, range(10)))
     short = "0 NaN 4 6 8 NaN 12 14 NaN NaN"  # eight samples long, two of them missing
     folder = table(tmp_path, f"10 {row}\n9 {short}\n", f"9 {row}\n10 {row}\n")
     d = data.load("Own", folder)
     assert d.classes == ["9", "10"] and d.y_train.tolist() == [1, 0] and d.y_test.tolist() == [0, 1]
+    assert "train: 1 series stretched to 10, 1 with gaps filled" in capsys.readouterr().out
     x = d.x_train * d.std + d.mean
     assert torch.allclose(x[1, 0], torch.linspace(0, 14, 10), atol=1e-5)
     assert torch.allclose(x[0, 0], torch.arange(10.0), atol=1e-5)
@@ -669,6 +671,7 @@ def test_failed_download(server, tmp_path, kind, message):
     with pytest.raises(OSError, match=message) as error:
         data.fetch("Own", tmp_path / "in", mirrors, timeout=0.5)
     assert all(m.format("Own") in str(error.value) for m in mirrors)
+    assert str(tmp_path / "in" / "Own") in str(error.value)
     assert "by hand" in str(error.value) and not list(tmp_path.rglob("*"))
     data.fetch("Own", tmp_path / "in", [mirrors[0], f"{server}/good/{{}}.zip"], timeout=0.5)
     assert len(list((tmp_path / "in" / "Own").iterdir())) == 2  # the mirror served
@@ -737,10 +740,16 @@ def test_end_to_end(ssl, small, tmp_path, capsys):
     script("train_stage1", "--dataset", small, "--ssl", ssl, "--run", run, *TINY1)
     records = [json.loads(line) for line in (run / "stage1.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [1, 2]
-    assert TERMS[ssl] | TERMS["none"] | {"perplexity", "codes_used"} <= set(records[0])
+    views = {"view_mse_x", "view_mse_u"} if ssl != "none" else set()
+    assert set(records[0]) == TERMS[ssl] | TERMS["none"] | views | {
+        "epoch", "noise", "gradient_norm", "perplexity", "codes_used"}
     before = weights(run / "stage1.pt")
-    script("train_stage2", "--run", run, *TINY2)
+    ran = script("train_stage2", "--run", run, *TINY2)
+    assert same(before, list(ran["vqvae"].state_dict().values()))
     assert same(before, weights(run / "stage1.pt"))
+    lines = (run / "stage2.jsonl").read_text().splitlines()
+    logged = {"epoch", "loss", "accuracy", "gradient_norm"}
+    assert [set(json.loads(line)) for line in lines] == [logged] * 2
     script("sample", "--run", run, "--n", 7)
     assert {p.name for p in run.iterdir()} == STAGE1_FILES | STAGE2_FILES | SAMPLE_FILES
     with np.load(run / "samples.npz") as drawn:
@@ -765,15 +774,52 @@ def test_same_seed_same_bits(small, finished, tmp_path):
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("name", [*(name for name in SHAPES if name != "ECG5000"), "ECG200"])
-def test_real_input_through_all_scripts(name, tmp_path):
-    folder = ucr(name, "ts" if name == "ECG200" else "tsv")
-    script("train_stage1", "--dataset", name, "--data-dir", folder, "--run", tmp_path,
+@pytest.mark.parametrize("name, ending", [*((name, "tsv") for name in SHAPES),
+                                          ("ECG200", "ts"), ("ECG200", "txt")])
+def test_real_input_through_all_scripts(name, ending, tmp_path):
+    run = tmp_path / "run"
+    for split in ("TRAIN", "TEST"):
+        shutil.copy(ucr(name, ending) / name / f"{name}_{split}.{ending}", tmp_path)
+    script("train_stage1", "--dataset", name, "--data-dir", tmp_path, "--run", run,
            "--epochs", 1, "--proj-dim", 64)
-    script("train_stage2", "--run", tmp_path, "--epochs", 1)
-    script("sample", "--run", tmp_path, "--n", 1)
-    assert np.load(tmp_path / "samples.npz")["x"].shape == (1, 1, {**dict(
-        (k, v[2]) for k, v in SHAPES.items()), "ECG200": 96}[name])
+    script("train_stage2", "--run", run, "--epochs", 1)
+    script("sample", "--run", run, "--n", 1)
+    L = SHAPES[name][2] if name in SHAPES else 96
+    assert np.load(run / "samples.npz")["x"].shape == (1, 1, L)
+
+
+def test_without_run_and_by_the_alias(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script("train_stage1", "--dataset", small, "--ssl", "vibcreg", *TINY1)
+    script("train_stage2", *TINY2)
+    script("sample", "--n", 2)
+    assert (tmp_path / "runs" / "small-vbcreg" / "samples.npz").exists()
+
+
+def test_ten_thousand_series(finished, tmp_path):
+    run = copy(finished, tmp_path)
+    script("sample", "--run", run, "--n", 10000, "--steps", 1, "--revisions", 0)
+    assert len(np.load(run / "samples.npz")["x"]) == 10000
+    assert json.loads((run / "metrics.json").read_text())["samples"]["peak_MiB"] < 4096
+
+
+def test_tokens_are_computed_once(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "stage1.pt", tmp_path)
+    tokenise, rows = vqvae.VQVAE.tokenise, []
+    monkeypatch.setattr(vqvae.VQVAE, "tokenise",
+                        lambda model, x: rows.append(len(x)) or tokenise(model, x))
+    script("train_stage2", "--run", tmp_path, *TINY2)
+    assert sum(rows) == 40 + 24
+
+
+@pytest.mark.parametrize("ssl", TERMS)
+def test_no_variance_and_one_test_row(ssl, tmp_path):
+    np.savez(tmp_path / "own.npz", x_train=np.ones((8, 16)), x_test=np.ones((1, 16)),
+             y_train=[0, 1] * 4, y_test=[1])
+    run = tmp_path / "run"
+    script("train_stage1", "--dataset", tmp_path / "own.npz", "--ssl", ssl, "--run", run, *TINY1)
+    script("train_stage2", "--run", run, *TINY2)
+    script("sample", "--run", run, "--n", 2)
 
 
 def test_channels_and_no_labels_through_all_scripts(tmp_path):
@@ -797,7 +843,7 @@ def test_labels_and_priors(finished, tmp_path):
     assert abs(share - 1 / 32).max() < 0.01
 
 
-def test_evaluation_and_imputation(finished, tmp_path):
+def test_evaluation_and_imputation(small, finished, tmp_path):
     run = copy(finished, tmp_path)
     for border in ("0:9", "25:32", "10:20"):
         script("sample", "--run", run, "--n", 40, "--impute", border)
@@ -805,6 +851,11 @@ def test_evaluation_and_imputation(finished, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics) == {"stage1", "stage2", "samples", "imputed"}
     assert metrics["imputed"]["mse_mean_filling"] <= metrics["imputed"]["mse_one_filling"]
+    with np.load(small) as f:
+        x = (f["x_test"] - f["x_train"].mean()) / f["x_train"].std()
+    line = [np.interp(range(10, 20), [9, 20], row[[9, 20]]) for row in x]
+    error = ((x[:, 10:20] - line) ** 2).mean()
+    assert metrics["imputed"]["mse_straight_line"] == pytest.approx(error, rel=1e-4)
     for of in ("real", "reconstructed", "generated"):
         assert metrics["samples"][f"fid_{of}"] >= 0
         assert 1 <= metrics["samples"][f"inception_{of}"] <= 3
@@ -944,9 +995,17 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv: not a text file"),
     "ts label": (rows(TS + "@data\n1,2:c\n", "ts"), OWN, 1, r"line 4: label 'c' is not in @class"),
     "ts length": (rows(TS + "@seriesLength 9\n" + TWO_TS, "ts"), OWN, 1,
-                  r"line 5: channels of \[8\] .* says \[9\]"),
+                  r"line 5: channels of \[8\] .* are \[9\]"),
     "ts channels": (rows(TS + "@data\n1,2,3:4,5,6:a\n", "ts"), OWN, 1,
-                    r"line 4: channels of \[3, 3\] .* says \[3\]"),
+                    r"line 4: channels of \[3, 3\] .* are \[3\]"),
+    "ts dimensions": (rows("@dimensions 3\n@classLabel true a\n@data\n1,2:3,4:a\n", "ts"), OWN, 1,
+                      r"line 4: channels of \[2, 2\] .* \[2, 2, 2\]"),
+    "ts equal": (rows(TS + "@equalLength true\n@data\n1,2,3:a\n1,2:b\n", "ts"), OWN, 1,
+                 r"line 6: channels of \[2\] .* \[3\]"),
+    "ts missing": (rows(TS + "@missing false\n@data\n1,?,3:a\n", "ts"), OWN, 1,
+                   r"line 5: a missing value"),
+    "ts header": (rows(TS + "@seriesLength x\n" + TWO_TS, "ts"), OWN, 1,
+                  r"line 5, by the header: could not convert"),
     "ts ragged": (rows("@data\n1,2,3:4,5\n", "ts"), OWN, 1, r"of \[3, 2\] .* \[3, 3\]"),
     "ts text": (rows(TS + "@data\n1,2,z:a\n", "ts"), OWN, 1, r"line 4: could not convert .* 'z'"),
     "array name": (arrays(None, train=X), NPZ, 1, r"no array x_train; it holds \['train', 'x_test"),
@@ -954,7 +1013,10 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "array shape": (arrays(X[0]), NPZ, 1, r"x_train must be finite numbers of shape \(N,L\)"),
     "array type": (arrays(X.astype(str)), NPZ, 1, r"x_train must be finite numbers"),
     "infinite array": (arrays(X + np.inf), NPZ, 1, r"x_train must be finite numbers"),
-    "array labels": (arrays(y_train=X[0]), NPZ, 1, r"y_train has shape \(10,\)"),
+    "no test rows": (arrays(x_test=X[:0]), NPZ, 1, r"own.npz: 4 training, 0 test series"),
+    "no samples": (arrays(X[:, :0]), NPZ, 1, r"series of 0 samples"),
+    "half the labels": (arrays(y_train=X[:, 0]), NPZ, 1, r"labels of one split only"),
+    "array labels": (arrays(y_train=X[0], y_test=X[:, 0]), NPZ, 1, r"y_train has shape \(10,\)"),
     "array channels": (arrays(x_test=X.reshape(4, 2, 5)), NPZ, 1, r"test series 1: 2 channels"),
     "objects": (arrays(np.array([X, "a"], object)), NPZ, 1, r"not an .npz of plain arrays"),
     "all missing": (arrays(X * np.nan), NPZ, 1, r"series of 0 samples"),
@@ -974,6 +1036,10 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "text checkpoint": (stage2(lambda p: p.write_text("hello")), "sample --run run", 1, NOT_WHOLE),
     "foreign": (stage2(lambda p: torch.save({"w": X.tolist()}, p)), "sample --run run", 1,
                 NOT_WHOLE),
+    "foreign, staged": (stage2(lambda p: torch.save({"stage": 2}, p)), "sample --run run", 1,
+                        NOT_WHOLE),
+    "not utf-8": (stage2(lambda p: p.write_bytes(b"\x80\x02X\x02\x00\x00\x00\xff\xfe.")),
+                  "sample --run run", 1, NOT_WHOLE),
     "a list": (stage2(lambda p: torch.save([1, 2], p)), "sample --run run", 1, NOT_WHOLE),
     "other stage": (stage2(lambda p: shutil.copy(p.parent / "stage1.pt", p)), "sample --run run", 1,
                     NOT_WHOLE + r".*it is of stage 1"),
@@ -996,6 +1062,11 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "device": (None, "train_stage1 --device tpu", 2, "invalid choice: 'tpu'"),
     "other data": (None, "train_stage1 --run run --resume --dataset x", 2, "--dataset x contra"),
     "other rate": (None, "train_stage2 --run run --resume --lr 0.5", 2, "--lr 0.5 contradicts"),
+    "two flags": (None, "train_stage2 --run run --resume --lr 0.5 --batch-size 3", 2,
+                  "--batch-size 3 contradicts 16 and --lr 0.5 contradicts"),
+    "no loss": (None, "train_stage1 --ssl none --views 2", 2, "--ssl none has neither --ssl-w"),
+    "noise inf": (None, "sample --noise inf", 2, "inf is not between 0"),
+    "n absurd": (None, "sample --n 1000000000000", 2, "not between 1 and 1000000"),
     "schedule": (None, "train_stage2 --schedule sine", 2, "invalid choice: 'sine'"),
     "token t": (None, "train_stage2 --token-temperature -1", 2, "-1 is not between 0"),
     "batch 0": (None, "train_stage2 --batch-size 0", 2, "0 is not between 1"),
@@ -1024,14 +1095,18 @@ def test_bad_input(case, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
     if prepare:
         prepare(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    def everything():
+        return {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+
+    before = everything()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script(*command.split())
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and re.search(message, error[-1]), error
     assert code == 2 or len(error) == 1 and error[0].startswith(command.split()[0] + ".py: ")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert everything() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -1066,6 +1141,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, capsys):
     assert not (tmp_path / "b" / "stage1.pt").exists()
 
 
+def test_a_nan_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    shutil.copy(finished / "stage1.pt", tmp_path)
+    loss, calls = maskgit.masked_cross_entropy, []
+
+    def spoilt(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) == 8 else 1)
+
+    monkeypatch.setattr(maskgit, "masked_cross_entropy", spoilt)
+    refused(capsys, "loss became nan in epoch 3, step 2", "train_stage2", "--run", tmp_path,
+            "--epochs", 4, "--batch-size", 16, "--save-every", 1)
+    assert torch.load(tmp_path / "stage2.pt", weights_only=True)["epoch"] == 2
+
+
 @pytest.mark.parametrize("flags", [
     ("--batch-size", 1000), ("--batch-size", 39), ("--codebook-size", 3000),
 ])
@@ -1090,7 +1179,8 @@ def test_one_class_and_a_class_of_one(y, small, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--seed", 1), ("--augment", "gaussian_noise"), ("--views", 2), ("--epochs", 1),
+    ("--seed", 1), ("--augment", "gaussian_noise", "slice_and_shuffle"), ("--views", 2),
+    ("--augment", "window_warp"), ("--augment", "amplitude_resize"), ("--epochs", 1),
     ("--batch-size", 8), ("--lr", 0.1), ("--proj-dim", 128), ("--codebook-size", 8),
     ("--ssl-weight", 0.5), ("--ssl", "barlow"), ("--token-noise", 0),
 ], ids=lambda flags: " ".join(map(str, flags)))
@@ -1139,6 +1229,19 @@ def test_every_name_of_the_map_exists():
             thing = getattr(thing, part)
 
 
+def test_pictures():
+    shown = re.findall(r"\]\(figures/([^)]+)\)", README)
+    assert set(shown) == {path.name for path in (HERE / "figures").iterdir()}
+    assert all((HERE / "figures" / name).stat().st_size < 150_000 for name in shown)
+
+
+@pytest.mark.parametrize("module", [train_stage1, train_stage2, sample])
+def test_every_flag_is_explained_and_in_a_group(module):
+    parser = module.flags()
+    assert all(action.help for action in parser._actions)
+    assert [action.dest for action in parser._optionals._group_actions] == ["help"]
+
+
 def test_every_deviation_is_marked_at_its_line():
     table = README.split("## Where it differs")[1].split("Left out on purpose")[0]
     for file in sorted(HERE.glob("*.py")):
@@ -1150,9 +1253,10 @@ def test_every_deviation_is_marked_at_its_line():
 
 def test_every_command_of_the_readme_parses():
     modules = {"train_stage1": train_stage1, "train_stage2": train_stage2, "sample": sample}
-    blocks = " && ".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    commands = re.findall(r"python (train_stage1|train_stage2|sample)\.py([^&;|>\n#]*)", blocks)
+    text = re.sub(r"```python\n.*?```", "", README, flags=re.S).replace("\\\n", " ")
+    commands = re.findall(r"\b(train_stage1|train_stage2|sample)\.py((?: +-[^&;|>\n#`)]*)?)", text)
     assert {name for name, _ in commands} == set(modules)
+    assert sum(bool(flags.strip()) for _, flags in commands) >= 15
     for name, flags in commands:
         flags = re.sub(r"\$\w+", "1", flags.replace("$SSL", "none"))
         modules[name].flags().parse_args(shlex.split(flags))

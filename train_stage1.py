@@ -59,6 +59,7 @@ def flags():
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
         help="F, a multiple of 64 (default 1024; published 4096)")
     add = parser.add_argument_group("optimisation").add_argument
+    # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=120, help="default 120; published 1000")
     add("--batch-size", type=data.number(int, 2), default=64,
         help="B, at most; batch sizes of an epoch differ by one (default 64; published 128)")
@@ -201,9 +202,9 @@ def draw_curves(run, log, counts):
     middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
     middle.plot(epoch, [v * len(counts) for v in curves.pop("codes_used")], label="codes in use")
     middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
-    for name, values in curves.items():
-        left.plot(epoch, values, label=name, ls="--" if "view" in name else "-")
-    left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted")
+    for i, (name, values) in enumerate(curves.items()):
+        left.plot(epoch, values, label=name, ls=("-", "--", ":")[i % 3])
+    left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted; gradient norm")
     shares = (counts / counts.sum()).sort(descending=True).values.numpy()
     right.bar(range(len(counts)), shares, width=0.9)
     right.axhline(1 / len(counts), color="0.5", ls=":", label="all alike")
@@ -222,6 +223,7 @@ def draw_views(run, x, names):
         for i in (1, 2):
             axis.plot(data.augment(x, row)[0, 0].cpu(), color=f"C{i - 1}", lw=1, label=f"view {i}")
         axis.set_title(", then ".join(row), fontsize=9)
+        axis.set_ylabel("x, scaled")
     axis.set_xlabel("time step")
     axis.legend(loc="upper right", fontsize=8, ncols=3)
     data.write(run / "views.png", figure.savefig)
@@ -243,6 +245,8 @@ def draw_classes(run, model, d, title):
 if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
+    if args.ssl == "none" and (args.ssl_weight or args.views == 2):
+        parser.error("--ssl none has neither --ssl-weight nor --views")
     if args.proj_dim % 64:
         parser.error(f"--proj-dim {args.proj_dim} is not a multiple of 64, IterNorm's group")
     run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
@@ -280,7 +284,7 @@ if __name__ == "__main__":
             terms, s = stage1_losses(model, project, d.x_train[rows], args)
             optimiser.zero_grad()
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
+            terms["gradient_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             schedule.step()
             losses.append(torch.stack(list(terms.values())).detach())
@@ -298,4 +302,4 @@ if __name__ == "__main__":
     draw_reconstructions(run, model, d)
     draw_views(run, d.x_train[:1], args.augment)
     if d.classes and len(d.x_test) > 1:
-        draw_classes(run, model, d, f"--ssl {args.ssl}")
+        draw_classes(run, model, d, f"{Path(args.dataset).stem}, --ssl {args.ssl}")

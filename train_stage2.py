@@ -32,6 +32,7 @@ def flags():
     add = parser.add_argument_group("model").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add = parser.add_argument_group("optimisation").add_argument
+    # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=220, help="default 220; published 1000")
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=2e-3,
@@ -87,7 +88,7 @@ if __name__ == "__main__":
     n = len(s_train)
     n_steps = math.ceil(n / args.batch_size)
 
-    # NOTE(differs): a narrower model, smaller batches and one cycle of the learning rate
+    # NOTE(differs): smaller batches and one cycle of the learning rate
     arguments = dict(K=K, N=N, n_classes=len(d.classes))
     prior = MaskGIT(**arguments).to(device)
     optimiser, schedule = data.one_cycle(prior.parameters(), args.lr, args.epochs * n_steps)
@@ -108,12 +109,12 @@ if __name__ == "__main__":
             loss = masked_cross_entropy(logits, s, is_masked)
             optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             is_right = (logits.detach().argmax(-1) == s) & is_masked
-            losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum()]))
-        log.append(data.finite_means(losses, ["loss", "accuracy"], epoch, run))
+            losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum(), norm]))
+        log.append(data.finite_means(losses, ["loss", "accuracy", "gradient_norm"], epoch, run))
         data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
