@@ -196,7 +196,8 @@ def draw_samples(run, d, x, y):
         axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
         axes[-1, column].set_xlabel("time step")
     for row, axis in enumerate(axes[:, 0]):
-        axis.set_ylabel("real x" if row < 3 else "generated x", fontsize=9)
+        axis.set_ylabel("real" if row < 3 else "generated", fontsize=9)
+    figure.supylabel("x, scaled", fontsize=9)
     data.write(run / "samples.png", figure.savefig)
 
 
@@ -247,8 +248,8 @@ def impute(run, vqvae, prior, d, args):
 
 
 def draw_fillings(run, x, filled, hidden, start, end):
-    """Truth, fillings (B,fillings,C,end-start), their spread and a straight line, for 4 series."""
-    n_rows = min(4, len(x))
+    """Truth, fillings (B,fillings,C,end-start), their spread and a straight line, for 3 series."""
+    n_rows = min(3, len(x))
     figure = Figure(figsize=(9, 1.4 * n_rows + 0.6), layout="constrained")
     t = range(start, end)
     for i, axis in enumerate(figure.subplots(n_rows, 1, sharex=True, squeeze=False)[:, 0]):
@@ -260,7 +261,8 @@ def draw_fillings(run, x, filled, hidden, start, end):
         axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
         axis.set_ylabel("x, scaled")
     axis.set_xlabel("time step")
-    axis.legend(fontsize=8, ncols=4, loc="lower left")
+    names = axis.get_legend_handles_labels()
+    figure.legend(*names, fontsize=8, ncols=4, loc="outside upper center")
     data.write(run / "imputed.png", figure.savefig)
 
 
