@@ -201,17 +201,20 @@ def draw_samples(run, d, x, y):
     data.write(run / "samples.png", figure.savefig)
 
 
-def draw_decoding(run, canvases, grid, K):
-    """The token grid of one series after each step; white is [MASK]."""
-    columns = min(8, len(canvases))
-    rows = math.ceil(len(canvases) / columns)
+def draw_decoding(run, canvases, n_steps, grid, K):
+    """The token grid of one series after each step and revision; white is [MASK]."""
+    shown = [*range(n_steps + 1), *range(n_steps + 4, len(canvases), 4)]
+    columns = min(7, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(1.4 * columns, 1.3 * rows), layout="constrained")
-    for t, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
         axis.axis("off")
-        if t < len(canvases):
-            s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
-            axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
-            axis.set_title(f"{t}: {s.mask.sum()} masked", fontsize=8)
+    for axis, t in zip(axes, shown):
+        s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
+        axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
+        name = f"{t}: {(s.data == K).sum()} masked" if t <= n_steps else "revised"
+        axis.set_title(name, fontsize=8)
     figure.supxlabel("time (column of the grid)", fontsize=9)
     figure.supylabel("frequency (row)", fontsize=9)
     data.write(run / "decoding.png", figure.savefig)
@@ -305,6 +308,6 @@ if __name__ == "__main__":
         x_own = (x * d.std + d.mean).cpu()  # in the data's own units
         data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
         draw_samples(run, d, x, y)
-        draw_decoding(run, canvases, vqvae.grid, K)
+        draw_decoding(run, canvases, args.steps, vqvae.grid, K)
         metrics = evaluate(vqvae, d, x, y, args) if args.evaluate else {}
         data.report(run, "samples", metrics | cost)
