@@ -233,12 +233,13 @@ def download(address, timeout):
 
 
 def unpack(content, name):
-    """{file name: bytes} of the two members wanted of a zip; no other name is looked at."""
+    """{file name: bytes} of the two members wanted of a zip, at its top or in a folder `name`."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for ending in (".ts", ".txt", ".tsv"):
             pair = [f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
-            if set(pair) <= set(archive.namelist()):
-                return {member: archive.read(member) for member in pair}
+            for folder in ("", f"{name}/"):
+                if {folder + member for member in pair} <= set(archive.namelist()):
+                    return {member: archive.read(folder + member) for member in pair}
     raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
 
 

@@ -264,8 +264,8 @@ def draw_fillings(run, x, filled, hidden, start, end):
         axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
         axis.set_ylabel("x, scaled")
     axis.set_xlabel("time step")
-    names = axis.get_legend_handles_labels()
-    figure.legend(*names, fontsize=8, ncols=4, loc="outside upper center")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside upper center")
     data.write(run / "imputed.png", figure.savefig)
 
 

@@ -607,25 +607,25 @@ def test_huge_values_are_scaled(tmp_path):
 # ---- download, from a server of our own ---------------------------------------------------------
 
 
-def zipped(**members):
+def zipped(members):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, text in members.items():
-            archive.writestr(name.replace("__", "/").replace("_dot_", "."), text)
+            archive.writestr(name, text)
     return buffer.getvalue()
 
 
 ROWS = "1 " + " ".join("123456789") + "\n2 " + " ".join("987654321") + "\n"
-GOOD = zipped(Own_TRAIN_dot_txt=ROWS, Own_TEST_dot_txt=ROWS, README_dot_md="more")
+GOOD = zipped({"Own_TRAIN.txt": ROWS, "Own_TEST.txt": ROWS, "README.md": "more"})
+FOLDER = zipped({"Own/Own_TRAIN.txt": ROWS, "Own/Own_TEST.txt": ROWS})
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         kind = self.path.split("/")[1]
-        bodies = {"good": GOOD, "cut": GOOD, "nozip": b"<html>hello</html>",
-                  "other": zipped(Else_TRAIN_dot_txt=ROWS), "empty": b"",
-                  "climbs": zipped(**{".." + "__Own_TRAIN_dot_txt": ROWS,
-                                      ".." + "__Own_TEST_dot_txt": ROWS})}
+        bodies = {"good": GOOD, "folder": FOLDER, "cut": GOOD, "nozip": b"<html>hello</html>",
+                  "other": zipped({"Else_TRAIN.txt": ROWS}), "empty": b"",
+                  "climbs": zipped({"../Own_TRAIN.txt": ROWS, "../Own_TEST.txt": ROWS})}
         if kind == "slow":
             time.sleep(1.5)
         if kind not in bodies:
@@ -647,8 +647,9 @@ def server():
     server.shutdown()
 
 
-def test_download(server, tmp_path):
-    data.load("Own", tmp_path, mirrors=[f"{server}/good/{{}}.zip"])
+@pytest.mark.parametrize("kind", ["good", "folder"])
+def test_download(kind, server, tmp_path):
+    data.load("Own", tmp_path, mirrors=[f"{server}/{kind}/{{}}.zip"])
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["Own_TEST.txt", "Own_TRAIN.txt"]
     assert data.load("Own", tmp_path, mirrors=[]).x_train.shape == (2, 1, 9)  # now from disk
 
@@ -982,7 +983,6 @@ def stage2(spoil):
 
 OWN = "train_stage1 --run new --dataset Own --data-dir ."
 NPZ = "train_stage1 --run new --dataset own.npz"
-NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
 BAD = {  # name: preparation, command, exit code, message; a finished run is in the folder run
     "comma": (rows("1,2,3,4\n"), OWN, 1, r"line 1: 0 values after the label, expected 1"),
     "ragged": (rows(GOOD_ROW + "2 1 2 3\n"), OWN, 1, r"TRAIN.tsv, line 2: 3 values .* expected 8"),
@@ -1029,24 +1029,6 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
                    r"stage1.pt exists; go on from it by --resume, or choose another --run"),
     "no run yet": (None, "train_stage2", 1, r"no runs/\*/stage1.pt here; train that stage first"),
     "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; run train_st"),
-    "empty checkpoint": (stage2(lambda p: p.write_bytes(b"")), "sample --run run", 1, NOT_WHOLE),
-    "truncated": (stage2(lambda p: p.write_bytes(p.read_bytes()[:-5000])), "sample --run run", 1,
-                  NOT_WHOLE),
-    "truncated, resumed": (stage2(lambda p: p.write_bytes(p.read_bytes()[:-5000])),
-                           "train_stage2 --run run --resume", 1, NOT_WHOLE),
-    "text checkpoint": (stage2(lambda p: p.write_text("hello")), "sample --run run", 1, NOT_WHOLE),
-    "foreign": (stage2(lambda p: torch.save({"w": X.tolist()}, p)), "sample --run run", 1,
-                NOT_WHOLE),
-    "foreign, staged": (stage2(lambda p: torch.save({"stage": 2}, p)), "sample --run run", 1,
-                        NOT_WHOLE),
-    "not utf-8": (stage2(lambda p: p.write_bytes(b"\x80\x02X\x02\x00\x00\x00\xff\xfe.")),
-                  "sample --run run", 1, NOT_WHOLE),
-    "a list": (stage2(lambda p: torch.save([1, 2], p)), "sample --run run", 1, NOT_WHOLE),
-    "other stage": (stage2(lambda p: shutil.copy(p.parent / "stage1.pt", p)), "sample --run run", 1,
-                    NOT_WHOLE + r".*it is of stage 1"),
-    "hostile": (stage2(lambda p: torch.save(Hostile(), p)), "sample --run run", 1, NOT_WHOLE),
-    "hostile pickle": (stage2(lambda p: p.write_bytes(pickle.dumps(Hostile()))),
-                       "train_stage2 --run run --resume", 1, NOT_WHOLE),
     "epochs 0": (None, "train_stage1 --epochs 0", 2, "0 is not between 1 and inf"),
     "epochs ten": (None, "train_stage1 --epochs ten", 2, "invalid int value: 'ten'"),
     "batch 1": (None, "train_stage1 --batch-size 1", 2, "1 is not between 2"),
@@ -1085,6 +1067,24 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "impute past": (None, "sample --run run --impute 20:33", 2, "ends at 33, but .* 32 samples"),
     "impute all": (None, "sample --run run --impute 0:32", 2, "--impute takes a part of the"),
 }
+
+
+SPOILT = {  # name: what is done to the path of stage2.pt
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+    "text": lambda path: path.write_text("hello"),
+    "not utf-8": lambda path: path.write_bytes(b"\x80\x02X\x02\x00\x00\x00\xff\xfe."),
+    "foreign": lambda path: torch.save({"weights": torch.ones(3)}, path),
+    "foreign, staged": lambda path: torch.save({"stage": 2}, path),
+    "a list": lambda path: torch.save([torch.ones(3)], path),
+    "other stage": lambda path: shutil.copy(path.parent / "stage1.pt", path),
+    "hostile": lambda path: torch.save(Hostile(), path),
+    "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
+}
+NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
+BAD |= {f"checkpoint: {name}, {command}": (stage2(spoil), command, 1, NOT_WHOLE)
+        for name, spoil in SPOILT.items()
+        for command in ("sample --run run", "train_stage2 --run run --resume")}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
