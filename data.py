@@ -144,14 +144,13 @@ def read_ts(path):
         else:
             raise ValueError(f"{where}: label {label!r} is not in @classLabel")
         rows = [parse(channel.split(","), where) for channel in channels]
-        lengths = [len(row) for row in rows]
-        C = says("dimensions") or (1 if says("univariate") == "true" else len(rows))
         is_equal = series and says("equallength") == "true"
-        L = says("serieslength") or (series[0].shape[1] if is_equal else lengths[0])
-        C, L = map(int, parse([str(C), str(L)], f"{where}, by the header"))
-        if lengths != [L] * C:
-            raise ValueError(f"{where}: channels of {lengths} values, but by the header (or the "
-                             f"series before, or the first channel) they are {[L] * C}")
+        C = says("dimensions") or ("1" if says("univariate") == "true" else str(len(rows)))
+        L = says("serieslength") or str(series[0].shape[1] if is_equal else len(rows[0]))
+        lengths = [str(len(row)) for row in rows]
+        if str(len(rows)) != C or set(lengths) != {L}:
+            raise ValueError(f"{where}: channels of {', '.join(lengths)} values, but by the header "
+                             f"(or the series before, or the first channel) {C} of {L}")
         if says("missing") == "false" and np.isnan(sum(rows, [])).any():
             raise ValueError(f"{where}: a missing value, but the header says @missing false")
         series.append(np.array(rows))
@@ -372,6 +371,14 @@ def gaussian_noise(x, deviation=0.05):
     return x + deviation * torch.randn_like(x)
 
 
+def time_shift(x, most):
+    """Move each series by a random -most..most samples (most < L); its border is mirrored."""
+    B, _, L = x.shape
+    t = torch.arange(L, device=x.device) + torch.randint(-most, most + 1, (B, 1), device=x.device)
+    t = (L - 1) - (L - 1 - t.abs()).abs()  # (B,L), both ends folded back into 0..L-1
+    return x.gather(2, t[:, None].expand_as(x))
+
+
 AUGMENTATIONS = {
     f.__name__: f for f in (window_warp, amplitude_resize, slice_and_shuffle, gaussian_noise)
 }
@@ -433,19 +440,6 @@ def begin(args):
     return torch.device("cuda" if args.device != "cpu" and has_cuda else "cpu")
 
 
-def watch_signals():
-    """A list that Ctrl-C or SIGTERM adds to, to be looked at between epochs; a second one kills."""
-    received = []
-
-    def note(signum, frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, note)
-    return received
-
-
 def newest_run(file):
     """The folder below runs/ whose `file` was written last."""
     found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
@@ -497,27 +491,42 @@ def write_log(path, log):
     write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
 
 
-def end_epoch(run, parts, args, log, constants, stop):
-    """Write the log; save where it is time to; leave, with a line on how to go on, if `stop`.
+def save(path, parts, args, log, constants):
+    """Write a checkpoint: all that `restore` and `rebuild` need, in plain types."""
+    state = {name: part.state_dict() for name, part in parts.items()} | constants
+    state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
+    here_only = ("run", "resume", "device")
+    state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    write(path, lambda file: torch.save(state, file))
 
-    parts: {name: module, optimiser or schedule}, saved by their state. log: a record for each epoch
-    done. constants: {name: anything plain}, with the stage.
+
+def epochs(run, parts, args, log, constants):
+    """Number of each epoch that is left; it is over when the caller has put its record into log.
+
+    Then the log is written, and where it is time to, the checkpoint. Ctrl-C or SIGTERM saves after
+    the epoch and leaves, with a line on how to go on; a second one kills. parts: {name: module,
+    optimiser or schedule}, saved by their state. constants: {name: anything plain}, with the stage.
     """
+    received = []
+
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     name = f"stage{constants['stage']}"
-    write_log(run / f"{name}.jsonl", log)
-    if stop or len(log) % args.save_every == 0 or len(log) == args.epochs:
-        state = {key: part.state_dict() for key, part in parts.items()} | constants
-        state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
-        here_only = ("run", "resume", "device")
-        state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        write(run / f"{name}.pt", lambda file: torch.save(state, file))
-    if len(log) == args.epochs:  # nothing is left to lose
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
-        sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
+    write_log(run / f"{name}.jsonl", log)  # a resumed run forgets the epochs after its checkpoint
+    for epoch in tqdm(range(len(log), args.epochs), initial=len(log), total=args.epochs):
+        yield epoch
+        write_log(run / f"{name}.jsonl", log)
+        if received or len(log) % args.save_every == 0 or len(log) == args.epochs:
+            save(run / f"{name}.pt", parts, args, log, constants)
+        if received:
+            sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def load_checkpoint(path, stage):

@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import data
 from ssl_losses import barlow_twins, projector, vbcreg, vicreg
@@ -44,6 +43,9 @@ def flags():
         default=["window_warp", "amplitude_resize"],
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
         "(default: window_warp amplitude_resize)")
+    add("--shift", type=data.number(float, 0, 1), default=0.5,
+        help="x itself is moved in training by up to this many columns of the token grid, so that "
+        "it meets the grid at every phase (default 0.5; published 0)")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
     add("--token-noise", type=data.number(float, 0, 1), default=0.3,
@@ -85,6 +87,8 @@ def replace_tokens(model, z_q, s, noise):
 
 def stage1_losses(model, project, x, args):
     """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N)."""
+    # NOTE(differs): neither the thesis nor the follow-up moves x; --shift 0 is theirs
+    x = data.time_shift(x, int(args.shift * model.stride))
     B = len(x)
     n_views = 0 if args.ssl == "none" else args.views
     # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
@@ -254,7 +258,6 @@ if __name__ == "__main__":
     args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
     if args.ssl_weight is None:
         args.ssl_weight = SSL_WEIGHTS[args.ssl]
-    stop = data.watch_signals()
 
     if state:
         d = data.load_again(state, device)
@@ -275,10 +278,9 @@ if __name__ == "__main__":
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), n, C, L])
     log = data.restore(state, parts)
-    data.write_log(run / "stage1.jsonl", log)
 
     began, first_epoch = time.perf_counter(), len(log)
-    for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
+    for epoch in data.epochs(run, parts, args, log, constants):
         losses, counts = [], torch.zeros(K, device=device)
         for rows in torch.randperm(n, device=device).tensor_split(n_steps):
             terms, s = stage1_losses(model, project, d.x_train[rows], args)
@@ -292,7 +294,6 @@ if __name__ == "__main__":
         log.append(data.finite_means(losses, list(terms), epoch, run) | {
             "perplexity": perplexity(counts).item(),
             "codes_used": (counts > 0).float().mean().item()})
-        data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     model.eval()

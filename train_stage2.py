@@ -14,7 +14,6 @@ import time
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import data
 from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
@@ -73,7 +72,6 @@ if __name__ == "__main__":
     device = data.begin(args)
     run = args.run or data.newest_run("stage1.pt")
     args, state = data.resume(parser, args, run / "stage2.pt", stage=2)
-    stop = data.watch_signals()
 
     stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
     codes = stage1["model"]["quantiser.codes"]
@@ -95,10 +93,9 @@ if __name__ == "__main__":
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=2, arguments=arguments, codes=codes)
     log = data.restore(state, parts)
-    data.write_log(run / "stage2.jsonl", log)
 
     began, first_epoch = time.perf_counter(), len(log)
-    for epoch in tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs):
+    for epoch in data.epochs(run, parts, args, log, constants):
         losses = []
         if args.token_temperature > 0:
             s_train = draw_tokens(distance, args.token_temperature)
@@ -115,7 +112,6 @@ if __name__ == "__main__":
             is_right = (logits.detach().argmax(-1) == s) & is_masked
             losses.append(torch.stack([loss.detach(), is_right.sum() / is_masked.sum(), norm]))
         log.append(data.finite_means(losses, ["loss", "accuracy", "gradient_norm"], epoch, run))
-        data.end_epoch(run, parts, args, log, constants, stop)
     cost = data.cost(began, n_steps * (args.epochs - first_epoch), n / n_steps, device)
 
     prior.eval()
