@@ -132,7 +132,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
     the lowest log-probability plus Gumbel noise, and refills it in three such steps. A heuristic:
     these logits are read at known entries, where the training loss is never taken.
 
-    Returns all canvases, (1 + n_steps + 4 n_revisions,B,N), s_M first; the last is complete.
+    Returns s_M, then the canvas after each step and each revision, (1 + n_steps + n_revisions,B,N);
+    the last is complete.
     """
     is_given = s_M != mask_id
     n = (~is_given).sum(1, keepdim=True)  # (B,1)
@@ -154,8 +155,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
         score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
         s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)
-        canvases += decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature)
-        s_M = canvases[-1]
+        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature)[-1]
+        canvases.append(s_M)
     return torch.stack(canvases)
 
 

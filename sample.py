@@ -203,15 +203,14 @@ def draw_samples(run, d, x, y):
 
 def draw_decoding(run, canvases, n_steps, grid, K):
     """The token grid of one series after each step and revision; white is [MASK]."""
-    shown = [*range(n_steps + 1), *range(n_steps + 4, len(canvases), 4)]
-    columns = min(7, len(shown))
-    rows = math.ceil(len(shown) / columns)
+    columns = min(7, len(canvases))
+    rows = math.ceil(len(canvases) / columns)
     figure = Figure(figsize=(1.4 * columns, 1.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
-    for axis, t in zip(axes, shown):
-        s = np.ma.masked_equal(canvases[t].view(grid).cpu().numpy(), K)
+    for t, (axis, s) in enumerate(zip(axes, canvases)):
+        s = np.ma.masked_equal(s.view(grid).cpu().numpy(), K)
         axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
         name = f"{t}: {(s.data == K).sum()} masked" if t <= n_steps else "revised"
         axis.set_title(name, fontsize=8)
