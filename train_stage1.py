@@ -43,14 +43,14 @@ def flags():
         default=["window_warp", "amplitude_resize"],
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
         "(default: window_warp amplitude_resize)")
-    add("--shift", type=data.number(float, 0, 1), default=0.5,
-        help="x itself is moved in training by up to this many columns of the token grid, so that "
-        "it meets the grid at every phase (default 0.5; published 0)")
+    add("--shift", type=data.number(float, 0, 1), default=0.25,
+        help="x itself is moved in training by up to this many columns of the token grid "
+        "(default 0.25; published 0)")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
-    add("--token-noise", type=data.number(float, 0, 1), default=0.3,
-        help="in training each token is replaced before decoding with a probability up to this "
-        "(default 0.3; published 0)")
+    add("--token-noise", type=data.number(float, 0, 1), default=0.2,
+        help="in training, in three rows of four, each token is replaced before decoding with a "
+        "probability up to this (default 0.2; published 0)")
     add = parser.add_argument_group("SSL").add_argument
     add("--ssl", choices=SSL_WEIGHTS, default="vbcreg", type=lambda s: s.replace("vib", "vb"),
         help="loss on the two views; vibcreg is another name of vbcreg (default vbcreg)")
@@ -96,13 +96,14 @@ def stage1_losses(model, project, x, args):
     z = model.encode(torch.cat([x, *views]))
     z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
     z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
-    z_noisy = replace_tokens(model, z_q[:B], s[:B], args.token_noise)
-    x_hat, u_hat, log_variance = model.decode(torch.cat([z_noisy, z_view]))
+    n_clean = B // 4 + 1  # rows whose tokens stay: the variance is that of x^ from these
+    z_noisy = replace_tokens(model, z_q[n_clean:B], s[n_clean:B], args.token_noise)
+    x_hat, u_hat, log_variance = model.decode(torch.cat([z_q[:n_clean], z_noisy, z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
     # Gaussian negative log-likelihood, x^ held fixed; it also trains the layers that both share
-    error, log_variance = (x - x_hat[:B]).detach().square(), log_variance[:B]
-    terms["noise"] = NOISE_WEIGHT * (log_variance + error / log_variance.exp()).mean() / 2
+    error, log_variance = (x - x_hat[:B]).detach().square(), log_variance[:n_clean]
+    terms["noise"] = NOISE_WEIGHT * (log_variance + error[:n_clean] / log_variance.exp()).mean() / 2
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
