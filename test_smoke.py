@@ -143,11 +143,11 @@ def test_shapes(L):
     model = vqvae.VQVAE(L, C=2, K=8)
     x = torch.randn(3, 2, L)
     z = model.encode(x)
-    x_hat, u_hat, log_variance = model.decode(z)
+    x_hat, u_hat, log_deviation = model.decode(z)
     H, W = model.grid
     assert z.shape == (3, 64, H, W) and H == 5 and 5 <= W <= 11
     assert (W - 1) * model.stride - 1 < L  # every column begins inside the series
-    assert x_hat.shape == log_variance.shape == x.shape and u_hat.shape == model.stft(x).shape
+    assert x_hat.shape == log_deviation.shape == x.shape and u_hat.shape == model.stft(x).shape
     model.eval()
     assert model.detokenise(model.tokenise(x)).shape == x.shape
 
@@ -232,11 +232,11 @@ def test_noise_of_the_decoder():
     model = vqvae.VQVAE(32, C=2, K=8)
     model.quantiser(model.encode(torch.randn(4, 2, 32)))
     s = model.eval().tokenise(torch.randn(1, 2, 32)).expand(4000, -1)
-    x_hat, _, log_variance = model.decode(model.quantiser.lookup(s[:1], model.grid))
+    x_hat, _, log_deviation = model.decode(model.quantiser.lookup(s[:1], model.grid))
     assert torch.allclose(model.detokenise(s[:1]), x_hat)
     drawn = model.detokenise(s, noise=2.0)
     assert torch.allclose(drawn.mean(0), x_hat[0], atol=0.2)
-    assert torch.allclose(drawn.std(0) / 2, (log_variance[0] / 2).exp(), rtol=0.06)
+    assert torch.allclose(drawn.std(0) / 2, log_deviation[0].exp(), rtol=0.06)
 
 
 def test_perplexity():
@@ -530,6 +530,16 @@ def test_synthetic_set_is_like_the_real_one():
     assert ok.all()
     for a, b in zip(params, fit_two_steps(ours)[2]):
         assert (a.float().mean() - b.float().mean()).abs() < 1.5
+
+
+def test_deviation_loss_is_lowest_at_the_deviation():
+    error = (3 * torch.randn(100_000, dtype=torch.float64)).abs()
+    log_deviation = torch.tensor(math.log(3.0)).double().requires_grad_()
+    train_stage1.deviation_loss(error, log_deviation).backward()
+    assert abs(log_deviation.grad) < 0.01
+    by_hand = train_stage1.deviation_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))
+    c = math.sqrt(math.pi / 2)
+    assert by_hand.item() == pytest.approx((c + 1 + 3 * c / math.e) / 2)
 
 
 def test_augmentations():

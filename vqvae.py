@@ -136,7 +136,7 @@ class VQVAE(nn.Module):
     """Encoder, quantiser and decoder over the STFT of series of one length.
 
     The encoder halves time until about `target_width` columns are left and keeps all H bins; the
-    decoder mirrors it and has C more channels, for the variance of what it cannot say. L >= n_fft.
+    decoder mirrors it and has C more channels, for the size of what it cannot say. L >= n_fft.
     """
 
     def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, target_width=8):
@@ -174,18 +174,18 @@ class VQVAE(nn.Module):
         return self.encoder(self.stft(x))
 
     def decode(self, z_q):
-        """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_variance (B,C,L) of x around x^."""
+        """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_deviation (B,C,L) of x from x^."""
         u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
         # frame w lies at sample w * hop, one off at most; a deviation under .011 of the data's is 0
-        # NOTE(differs): other decoders have no variance
-        log_variance = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
-        return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_variance.clamp_min(-9)
+        # NOTE(differs): other decoders give x^ alone
+        log_deviation = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
+        return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_deviation.clamp_min(-4.5)
 
     def tokenise(self, x):
         """x (B,C,L) -> s (B,N), row by row over the grid. Call in eval mode."""
         return self.quantiser.distances(self.encode(x)).argmin(-1)
 
     def detokenise(self, s, noise=0.0):
-        """s (B,N) -> x^ (B,C,L), with noise 1 a draw from N(x^, exp(log_variance)). Eval mode."""
-        x_hat, _, log_variance = self.decode(self.quantiser.lookup(s, self.grid))
-        return x_hat + noise * (log_variance / 2).exp() * torch.randn_like(x_hat)
+        """s (B,N) -> x^ (B,C,L), with noise 1 plus Gaussian noise of that deviation. Eval mode."""
+        x_hat, _, log_deviation = self.decode(self.quantiser.lookup(s, self.grid))
+        return x_hat + noise * log_deviation.exp() * torch.randn_like(x_hat)
