@@ -32,7 +32,7 @@ def flags():
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add = parser.add_argument_group("optimisation").add_argument
     # NOTE(differs): published 1000
-    add("--epochs", type=data.number(int, 1), default=220, help="default 220; published 1000")
+    add("--epochs", type=data.number(int, 1), default=300, help="default 300; published 1000")
     add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=2e-3,
         help="highest of AdamW's one-cycle schedule (default 2e-3; published 1e-3)")
