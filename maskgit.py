@@ -33,7 +33,8 @@ SCHEDULES = {
 
 def lowest(score, n):
     """A mask (B,N) that is True at the n (B,1) lowest entries of each row of score (B,N)."""
-    return score.argsort(1).argsort(1) < n
+    rank = score.argsort(1).argsort(1)  # 0 for the lowest
+    return rank < n
 
 
 def random_subset(n, N):
@@ -49,14 +50,14 @@ def mask_tokens(s, schedule="cosine"):
     """
     B, N = s.shape
     # NOTE(differs): two public code bases keep this share and mask the rest
-    n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp(1, N)
+    n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp_min(1)
     return random_subset(n_masked, N)
 
 
 def masked_cross_entropy(logits, s, is_masked):
     """Mean K-way cross-entropy over the masked entries only: logits (B,N,K), s (B,N) -> scalar."""
     # NOTE(differs): the thesis says binary cross-entropy, but an entry has K outcomes
-    # NOTE(differs): of all logits; known entries are in the input and teach nothing
+    # NOTE(differs): and of all entries, but known ones are in the input and teach nothing
     losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")  # (B,N)
     return losses.where(is_masked, 0).sum() / is_masked.sum()
 
@@ -94,7 +95,7 @@ class MaskGIT(nn.Module):
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
         h = self.norm(self.layers(h + self.positions))[:, 1:]
-        return h @ self.tokens.weight[: self.mask_id].T + self.bias
+        return h @ self.tokens.weight[:-1].T + self.bias
 
 
 def guided(prior, y=None, scale=1.0):
@@ -125,8 +126,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
 
     Step t of T = n_steps draws every masked entry from its own distribution (softened by
     temperature), scores each draw by its unsoftened log-probability plus Gumbel noise times
-    choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest of the n entries that
-    were masked at first again. Known entries stay; at least one entry is settled a step.
+    choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where n is the
+    number masked at first. Known entries stay; at least one entry is settled a step.
 
     Each of n_revisions rounds after that masks the quarter of the n entries whose present token has
     the lowest log-probability plus Gumbel noise, and refills it in three such steps. A heuristic:
@@ -144,9 +145,9 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1)
         drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
         score = log_p.gather(2, drawn[..., None])[..., 0]
-        # NOTE(differs): MaskGIT has 4.5; with less noise probable draws stay, as at temperature < 1
+        # NOTE(differs): MaskGIT has 4.5; less noise keeps only probable draws, a hidden temperature
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
-        n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # 1e-4: floor(7.9999999) is 8
+        n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # so that 7.9999999 counts as 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
@@ -162,7 +163,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
 
 @torch.no_grad()
 def nll_bound(logits_fn, s, mask_id):
-    """Upper bound on -log p(s) of each row of s (B,N), in nats, from one random draw a row.
+    """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats.
 
     With n uniform on 1..N and n random entries masked, N/n times the summed cross-entropy of these
     entries is, on average, the negative log-likelihood of generating one entry at a time, averaged

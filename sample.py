@@ -52,7 +52,7 @@ def flags():
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=8.0,
-        help="of the order in which entries are settled (default 8; published 4)")
+        help="of the order in which entries are settled (default 8; MaskGIT 4.5)")
     add("--revisions", type=data.number(int, 0), default=8,
         help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")

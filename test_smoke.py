@@ -711,7 +711,7 @@ def test_probes():
     # the margin of +1 and -3 is at -1
     Y, y = torch.tensor([[1.0], [-3.0]]), torch.tensor([1, 0])
     between = torch.tensor([[-1.3], [-0.7]])
-    assert train_stage1.linear_probe(Y, y, between, C=1e4).tolist() == [0, 1]
+    assert train_stage1.linear_probe(Y, y, between, penalty=1e4).tolist() == [0, 1]
     far = torch.cat([torch.zeros(2, 1), torch.ones(3, 1)])
     assert train_stage1.nearest_neighbours(far, torch.tensor([0, 0, 1, 1, 1]), far[:1]).item() == 1
 
@@ -764,7 +764,7 @@ def test_end_to_end(ssl, small, tmp_path, capsys):
     assert [r["epoch"] for r in records] == [1, 2]
     views = {"view_mse_x", "view_mse_u"} if ssl != "none" else set()
     assert set(records[0]) == TERMS[ssl] | TERMS["none"] | views | {
-        "epoch", "noise", "gradient_norm", "perplexity", "codes_used"}
+        "epoch", "deviation", "gradient_norm", "perplexity", "codes_used"}
     before = weights(run / "stage1.pt")
     ran = script("train_stage2", "--run", run, *TINY2)
     assert same(before, list(ran["vqvae"].state_dict().values()))

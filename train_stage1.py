@@ -30,7 +30,7 @@ SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
 SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.03, "vbcreg": 0.03}
 VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
-NOISE_WEIGHT = 0.1  # of the likelihood that fits the decoder's deviation
+DEVIATION_WEIGHT = 0.1  # of deviation_loss
 
 
 def flags():
@@ -59,7 +59,7 @@ def flags():
         help="1 compares x with a view of it, 2 two views with each other (default 1)")
     # NOTE(differs): the follow-up has 4096
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
-        help="F, a multiple of 64 (default 1024; published 4096)")
+        help="F, with vbcreg a multiple of 64 (default 1024; published 4096)")
     add = parser.add_argument_group("optimisation").add_argument
     # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=120, help="default 120; published 1000")
@@ -70,48 +70,54 @@ def flags():
     return data.run_flags(parser, trains=True)
 
 
-def replace_tokens(model, z_q, s, noise):
+def replace_tokens(model, z_q, s, most):
     """z_q (B,D,H',W') with each of the tokens s (B,N) replaced with probability p by any code.
 
-    p ~ U(0, noise) for each row; no gradient passes to z where a token is replaced. The decoder
-    learns to get along with some wrong tokens, and so the tokens to share what they say: they are
-    easier to predict, and series from a prior that errs here and there stay sharp.
+    p ~ U(0, most) for each row; where a token is replaced, no reconstruction gradient reaches z.
+    The decoder learns to get along with some wrong tokens, so that neighbouring tokens come to say
+    the same things: they are easier to predict, and series from a prior that errs stay sharp.
     """
     # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
     draw = torch.rand(s.shape, device=s.device)
-    is_replaced = draw < noise * torch.rand(len(s), 1, device=s.device)
+    is_replaced = draw < most * torch.rand(len(s), 1, device=s.device)
     s_random = torch.randint_like(s, len(model.quantiser.codes))
     z_random = model.quantiser.lookup(s_random, z_q.shape[-2:])
     return z_random.where(is_replaced.view(-1, 1, *z_q.shape[-2:]), z_q)
 
 
 def deviation_loss(error, log_deviation):
-    """Laplace negative log-likelihood of error = |x - x^| (B,C,L), for log_deviation alike.
+    """error = |x - x^| and log_deviation, log d, (B,C,L) -> scalar.
 
-    Lowest at deviation = sqrt(pi/2) E(error): the standard deviation of Gaussian errors, and of
-    errors that are rare and large, as at edges, far less than a Gaussian likelihood would give.
+    Laplace negative log-likelihood with scale sqrt(2/pi) d, less a constant: lowest at
+    d = sqrt(pi/2) E(error). For Gaussian errors that is their standard deviation. For errors that
+    are rare and large, as at edges, it is much smaller, so that less noise is drawn there.
     """
     return (log_deviation + math.sqrt(math.pi / 2) * error / log_deviation.exp()).mean()
 
 
 def stage1_losses(model, project, x, args):
-    """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N)."""
+    """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N).
+
+    With two views Y1 is of the first's z_q, Y2 of the second's z, and the second is the one that is
+    decoded; with one view Y1 is of x itself.
+    """
     # NOTE(differs): neither the thesis nor the follow-up moves x; --shift 0 is theirs
     x = data.time_shift(x, int(args.shift * model.stride))
     B = len(x)
     n_views = 0 if args.ssl == "none" else args.views
     # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
     views = [data.augment(x, args.augment) for _ in range(n_views)]
-    z = model.encode(torch.cat([x, *views]))
-    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
-    z_q, s, commitment = model.quantiser(z)  # with two views: x and the first of them
+    z = model.encode(torch.cat([x, *views]))  # (B (1 + n_views),D,H',W')
+    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])  # the last view stays continuous
+    z_q, s, commitment = model.quantiser(z)
     n_clean = B // 4 + 1  # rows whose tokens stay: the deviation is from x^ of these
-    z_noisy = replace_tokens(model, z_q[n_clean:B], s[n_clean:B], args.token_noise)
-    x_hat, u_hat, log_deviation = model.decode(torch.cat([z_q[:n_clean], z_noisy, z_view]))
+    z_replaced = replace_tokens(model, z_q[n_clean:B], s[n_clean:B], args.token_noise)
+    x_hat, u_hat, log_deviation = model.decode(torch.cat([z_q[:n_clean], z_replaced, z_view]))
     terms = {"mse_x": F.mse_loss(x_hat[:B], x), "mse_u": F.mse_loss(u_hat[:B], model.stft(x)),
              "commitment": commitment}
-    error = (x - x_hat[:B])[:n_clean].detach().abs()
-    terms["noise"] = NOISE_WEIGHT * deviation_loss(error, log_deviation[:n_clean])
+    # x^ is held fixed; the gradient by log_deviation passes on to decoder and encoder
+    error = (x[:n_clean] - x_hat[:n_clean]).detach().abs()
+    terms["deviation"] = DEVIATION_WEIGHT * deviation_loss(error, log_deviation[:n_clean])
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
@@ -144,10 +150,10 @@ def nearest_neighbours(Y_train, y_train, Y_test, k=5):
     return data.in_batches(vote, Y_test)
 
 
-def linear_probe(Y_train, y_train, Y_test, C=1.0):
+def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
     """Labels by a linear support vector machine, one class against the rest, on (rows,D) features.
 
-    Minimises ||W||^2 / 2 + C sum relu(1 - t f(Y))^2 by L-BFGS to convergence.
+    Minimises ||W||^2 / 2 + penalty sum relu(1 - t f(Y))^2 by L-BFGS to convergence.
     """
     # on the features of four trained code books within 0.001 of scikit-learn's LinearSVC(C=1), and
     # within 0.026 (0.006 where it is above 0.9) of its SVC(kernel="linear", C=1), one against one
@@ -158,7 +164,7 @@ def linear_probe(Y_train, y_train, Y_test, C=1.0):
 
     def objective():
         solver.zero_grad()
-        loss = W.square().sum() / 2 + C * torch.relu(1 - t * (Y_train @ W)).square().sum()
+        loss = W.square().sum() / 2 + penalty * torch.relu(1 - t * (Y_train @ W)).square().sum()
         loss.backward()
         return loss
 
@@ -168,6 +174,8 @@ def linear_probe(Y_train, y_train, Y_test, C=1.0):
 
 def evaluate(model, d, K):
     """Figures of the code book on the test split, and how often the training split uses each code.
+
+    (train_mse is of the training split, whose tokens are all kept here.)
 
     Both probes learn on the training split's average-pooled z_q, scaled to [-1,1] by it.
     """
@@ -189,7 +197,7 @@ def evaluate(model, d, K):
 
 
 def draw_reconstructions(run, model, d):
-    """One row a class, originals in grey below their reconstructions; train left, test right."""
+    """One row a class, originals in grey behind their reconstructions; train left, test right."""
     rows = max(1, len(d.classes))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
@@ -211,7 +219,8 @@ def draw_curves(run, log, counts):
     """Loss terms and use of the code book over the epochs; how often each code is chosen now."""
     left, middle, right = Figure(figsize=(12, 3.4), layout="constrained").subplots(1, 3)
     curves = {name: [record[name] for record in log] for name in log[0]}
-    epoch, _ = curves.pop("epoch"), curves.pop("noise")  # can be negative
+    epoch = curves.pop("epoch")
+    del curves["deviation"]  # a log axis has no place for its negative values
     middle.plot(epoch, curves.pop("perplexity"), label="perplexity")
     middle.plot(epoch, [v * len(counts) for v in curves.pop("codes_used")], label="codes in use")
     middle.set(xlabel="epoch", ylabel="codes", ylim=(0, None))
@@ -260,7 +269,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.ssl == "none" and (args.ssl_weight or args.views == 2):
         parser.error("--ssl none has neither --ssl-weight nor --views")
-    if args.proj_dim % 64:
+    if args.ssl == "vbcreg" and args.proj_dim % 64:
         parser.error(f"--proj-dim {args.proj_dim} is not a multiple of 64, IterNorm's group")
     run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
     device = data.begin(args)
@@ -268,12 +277,9 @@ if __name__ == "__main__":
     if args.ssl_weight is None:
         args.ssl_weight = SSL_WEIGHTS[args.ssl]
 
-    if state:
-        d = data.load_again(state, device)
-    else:
-        d = data.load(args.dataset, args.data_dir, device)
+    d = data.load_again(state, device) if state else data.load(args.dataset, args.data_dir, device)
     n, C, L = d.x_train.shape
-    n_steps = min(math.ceil(n / args.batch_size), n // 2)  # an epoch; B >= 2 for BatchNorm
+    n_steps = min(math.ceil(n / args.batch_size), n // 2)  # an epoch; BatchNorm needs 2 rows
 
     arguments = dict(L=L, C=C, K=args.codebook_size)
     model = VQVAE(**arguments).to(device, memory_format=torch.channels_last)

@@ -86,9 +86,9 @@ if __name__ == "__main__":
     n = len(s_train)
     n_steps = math.ceil(n / args.batch_size)
 
-    # NOTE(differs): smaller batches and one cycle of the learning rate
     arguments = dict(K=K, N=N, n_classes=len(d.classes))
     prior = MaskGIT(**arguments).to(device)
+    # NOTE(differs): smaller batches and one cycle of the learning rate
     optimiser, schedule = data.one_cycle(prior.parameters(), args.lr, args.epochs * n_steps)
     parts = dict(prior=prior, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=2, arguments=arguments, codes=codes)

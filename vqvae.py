@@ -34,7 +34,7 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), even or odd, which W does not tell."""
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W alone does not tell even from odd."""
     window = torch.hann_window(n_fft, device=u.device)
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
     x = torch.istft(torch.view_as_complex(parts), n_fft, hop, window=window, length=length)
@@ -136,7 +136,7 @@ class VQVAE(nn.Module):
     """Encoder, quantiser and decoder over the STFT of series of one length.
 
     The encoder halves time until about `target_width` columns are left and keeps all H bins; the
-    decoder mirrors it and has C more channels, for the size of what it cannot say. L >= n_fft.
+    decoder mirrors it and has C more channels, for the deviation of x from x^. L >= n_fft.
     """
 
     def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, target_width=8):
@@ -150,16 +150,16 @@ class VQVAE(nn.Module):
         self.grid = (H, widths[-1])  # (H',W')
         self.stride = hop * 2**n_halvings  # samples from one column of the grid to the next
 
-        inputs, outputs = ([c * C] + [D] * n_halvings for c in (2, 3))
         along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
         down, up = [], []
-        for i in range(n_halvings):
-            down += [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(inputs[i], D, **along_time)]
+        for i in range(n_halvings):  # from the outermost inwards
+            inputs, outputs = (D, D) if i else (2 * C, 3 * C)
+            down += [nn.BatchNorm2d(D), nn.ReLU()] if i else []  # none before the first
+            down += [nn.Conv2d(inputs, D, **along_time)]
             odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
-            back = nn.ConvTranspose2d(D, outputs[i], output_padding=odd, **along_time)
+            back = nn.ConvTranspose2d(D, outputs, output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), back, *up]
-        # no norm before the first convolution
-        down = down[2:] or [nn.Conv2d(2 * C, D, 3, padding=1)]
+        down = down or [nn.Conv2d(2 * C, D, 3, padding=1)]  # short series: no halving
         up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 3 * C, 3, padding=1)]
         self.encoder = nn.Sequential(*down, *(ResidualBlock(D) for _ in range(n_blocks)))
         self.quantiser = VectorQuantiser(K, D, decay)
@@ -174,9 +174,9 @@ class VQVAE(nn.Module):
         return self.encoder(self.stft(x))
 
     def decode(self, z_q):
-        """z_q (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_deviation (B,C,L) of x from x^."""
+        """z_q or z (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_deviation (B,C,L) of x from x^."""
         u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
-        # frame w lies at sample w * hop, one off at most; a deviation under .011 of the data's is 0
+        # mean over bins, then the frames stretched over L; the deviation is at least .011
         # NOTE(differs): other decoders give x^ alone
         log_deviation = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
         return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_deviation.clamp_min(-4.5)
@@ -186,6 +186,6 @@ class VQVAE(nn.Module):
         return self.quantiser.distances(self.encode(x)).argmin(-1)
 
     def detokenise(self, s, noise=0.0):
-        """s (B,N) -> x^ (B,C,L), with noise 1 plus Gaussian noise of that deviation. Eval mode."""
+        """s (B,N) -> x^ + noise * deviation * N(0,1), (B,C,L): noise 1 draws x. Eval mode."""
         x_hat, _, log_deviation = self.decode(self.quantiser.lookup(s, self.grid))
         return x_hat + noise * log_deviation.exp() * torch.randn_like(x_hat)
