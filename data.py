@@ -24,6 +24,7 @@ import sys
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,13 +187,12 @@ def read_npz(path):
 
 
 def locate(name, folder):
-    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder, or None."""
+    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder (of a zip, also), or None."""
     for ending in (".tsv", ".txt", ".ts"):
         for place in (folder / name, folder):
             pair = [place / f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
             if all(path.is_file() for path in pair):
                 return pair
-    return None
 
 
 def fetch(name, folder, mirrors=MIRRORS, timeout=30):
@@ -204,9 +204,13 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
         try:
-            members = unpack(download(address, timeout), name)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
-            failures.append(f"{address} ({error or type(error).__name__})")
+            archive = zipfile.ZipFile(io.BytesIO(download(address, timeout)))
+            if not (pair := locate(name, zipfile.Path(archive))):
+                raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
+            members = {path.name: path.read_bytes() for path in pair}
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile,
+                zlib.error) as error:
+            failures.append(f"{address} ({str(error) or type(error).__name__})")
             continue
         for member, content in members.items():
             write(folder / name / member, content)
@@ -229,17 +233,6 @@ def download(address, timeout):
     if len(content) < size:
         raise OSError(f"cut off after {len(content)} of {size} bytes")
     return content
-
-
-def unpack(content, name):
-    """{file name: bytes} of the two members wanted of a zip, at its top or in a folder `name`."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for ending in (".ts", ".txt", ".tsv"):
-            pair = [f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
-            for folder in ("", f"{name}/"):
-                if {folder + member for member in pair} <= set(archive.namelist()):
-                    return {member: archive.read(folder + member) for member in pair}
-    raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
 
 
 # ---- from files to tensors ----------------------------------------------------------------------
@@ -312,9 +305,10 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
         raise ValueError(f"{name}: series of {L} samples; at least {MIN_LENGTH} are needed")
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-    if (std == 0).any():
-        print(f"{(std == 0).sum()} constant channels, which stay constant")
-        std[std == 0] = 1
+    is_constant = np.ptp(x_train, (0, 2)) == 0
+    if is_constant.any():
+        print(f"{is_constant.sum()} constant channels, which stay constant")
+        std[is_constant] = 1
     classes, y_train, y_test = encode_labels(y_train, y_test)
     scaled = (x_train - mean) / std, (x_test - mean) / std, mean, std
     x_train, x_test, mean, std = (torch.tensor(v).float().to(device) for v in scaled)
@@ -325,19 +319,11 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
 # ---- views for SSL: batched, on the data's device, x (B,C,L) -> (B,C,L) -------------------------
 
 
-def read_at(x, t):
-    """x (B,C,L) at the fractional times t (B,L), between samples by linear interpolation."""
-    t = t.clamp(0, x.shape[-1] - 1)
-    left = t.long().clamp_max(x.shape[-1] - 2)
-    index = left[:, None].expand_as(x)
-    return torch.lerp(x.gather(2, index), x.gather(2, index + 1), (t - left)[:, None])
-
-
 def window_warp(x, window=0.4, slowest=0.9, fastest=2.0):
     """Play a random window of each series faster or slower, then stretch to the old length.
 
     window: its share of L. The speed is uniform in [slowest, fastest]; at speed v the window lasts
-    window * L / v. Everything around it keeps its shape.
+    window * L / v. Everything around it keeps its shape; between samples x is linear.
     """
     B, _, L = x.shape
     end = L - 1
@@ -345,9 +331,11 @@ def window_warp(x, window=0.4, slowest=0.9, fastest=2.0):
     speed = slowest + torch.rand(B, 1, device=x.device) * (fastest - slowest)
     w = window * end
     t = torch.linspace(0, 1, L, device=x.device) * (end - w + w / speed)  # (B,L), played time
-    inside = start + (t - start) * speed
-    after = t + w - w / speed
-    return read_at(x, torch.where(t < start, t, torch.where(inside < start + w, inside, after)))
+    inside, after = start + (t - start) * speed, t + w - w / speed
+    t = torch.where(t < start, t, torch.where(inside < start + w, inside, after)).clamp(0, end)
+    left = t.long().clamp_max(L - 2)
+    index = left[:, None].expand_as(x)
+    return torch.lerp(x.gather(2, index), x.gather(2, index + 1), (t - left)[:, None])
 
 
 def amplitude_resize(x, deviation=0.2):
@@ -467,7 +455,7 @@ def write(path, content):
 def one_cycle(parameters, lr, n_steps):
     """AdamW and its learning rate: a tenth of n_steps up to lr, then to nearly 0 by a cosine."""
     # NOTE(differs): betas and weight decay by the README's ablation
-    # 11, as OneCycleLR divides by zero at a one-step warm-up
+    # at least 11 steps: at 10 OneCycleLR's warm-up has no length, and it divides by that
     optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     return optimiser, torch.optim.lr_scheduler.OneCycleLR(
         optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False)
@@ -476,7 +464,7 @@ def one_cycle(parameters, lr, n_steps):
 def finite_means(losses, names, epoch, run):
     """Log record of an epoch: the means by name of its losses, a list of (terms,) tensors.
 
-    Its one wait for the device. ValueError naming the first term that is not finite, and its step.
+    Waits for the device. ValueError naming the first term that is not finite, and its step.
     """
     values = torch.stack(losses).cpu()  # (steps,terms)
     for step, term in (~values.isfinite()).nonzero().tolist():
@@ -495,17 +483,17 @@ def save(path, parts, args, log, constants):
     """Write a checkpoint: all that `restore` and `rebuild` need, in plain types."""
     state = {name: part.state_dict() for name, part in parts.items()} | constants
     state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
-    here_only = ("run", "resume", "device")
+    here_only = ("run", "resume", "device", "save_every")
     state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     write(path, lambda file: torch.save(state, file))
 
 
 def epochs(run, parts, args, log, constants):
-    """Number of each epoch that is left; it is over when the caller has put its record into log.
+    """Yield the number, from 0, of each epoch that is left; the caller puts its record into log.
 
-    Then the log is written, and where it is time to, the checkpoint. Ctrl-C or SIGTERM saves after
+    Then the log is written, and where it is due the checkpoint. Ctrl-C or SIGTERM saves after
     the epoch and leaves, with a line on how to go on; a second one kills. parts: {name: module,
     optimiser or schedule}, saved by their state. constants: {name: anything plain}, with the stage.
     """
@@ -515,7 +503,7 @@ def epochs(run, parts, args, log, constants):
         received.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     name = f"stage{constants['stage']}"
     write_log(run / f"{name}.jsonl", log)  # a resumed run forgets the epochs after its checkpoint
     for epoch in tqdm(range(len(log), args.epochs), initial=len(log), total=args.epochs):
@@ -525,8 +513,8 @@ def epochs(run, parts, args, log, constants):
             save(run / f"{name}.pt", parts, args, log, constants)
         if received:
             sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def load_checkpoint(path, stage):
@@ -556,9 +544,8 @@ def resume(parser, args, path, stage):
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()
-    kept = {k: v for k, v in state["flags"].items() if k != "save_every"}
     wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value}"
-             for name, value in kept.items() if getattr(args, name) != value]
+             for name, value in state["flags"].items() if value != getattr(args, name)]
     if wrong:
         parser.error(f"{' and '.join(wrong)} in {path}")
     if state["epoch"] == args.epochs:
@@ -595,7 +582,9 @@ def in_batches(function, x):
 
 
 def load_again(stage1, device):
-    """The data set that a stage-1 checkpoint was trained on; ValueError if it has changed."""
+    """The data set of a stage-1 checkpoint; ValueError if its shape has changed."""
+    if stage1["epoch"] < stage1["flags"]["epochs"]:
+        print(f"stage 1 stopped after epoch {stage1['epoch']} of {stage1['flags']['epochs']}")
     name = stage1["flags"]["dataset"]
     d = load(name, stage1["flags"]["data_dir"], device)
     shape = [len(d.classes), *d.x_train.shape]

@@ -57,7 +57,8 @@ def flags():
         help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
     add("--noise", type=data.number(float, 0), default=1.0,
-        help="times the decoder's own deviation is added to x^ (default 1; published 0)")
+        help="Gaussian noise of this many times the decoder's deviation is added to x^ (default 1; "
+        "published 0)")
     return data.run_flags(parser, trains=False)
 
 
@@ -67,15 +68,6 @@ def stretch(text):
     if not 0 <= start < end:
         raise argparse.ArgumentTypeError(f"{text}: START must be below END, and neither negative")
     return start, end
-
-
-def draw_labels(label, d, n):
-    """Class indices (n) for --label, or None without a class."""
-    if label == "none" or not d.classes:
-        return None
-    if label != "all":
-        return torch.full((n,), d.classes.index(label), device=d.y_train.device)
-    return d.y_train[torch.randint(len(d.y_train), (n,), device=d.y_train.device)]
 
 
 def uniform(s_M, K):
@@ -125,15 +117,14 @@ def train_fcn(x, y, n_classes, n_steps, name):
 def frechet_distance(a, b):
     """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
 
-    (Heusel et al. 2017.) tr (S_a S_b)^{1/2} is the sum of the roots of the eigenvalues of
-    S_a^{1/2} S_b S_a^{1/2}, which is symmetric: real also when features are rank-deficient.
+    (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the sum of the singular values of
+    R_a R_b^T: real, also where features are rank-deficient.
     """
     a, b = a.double(), b.double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(S_a)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross).item()
+    R_a, R_b = (torch.linalg.qr(v - v.mean(0), mode="r").R / (len(v) - 1) ** 0.5 for v in (a, b))
+    cross = torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
+    shift = a.mean(0) - b.mean(0)
+    return (shift.square().sum() + R_a.square().sum() + R_b.square().sum() - 2 * cross).item()
 
 
 def inception_score(logits):
@@ -223,7 +214,7 @@ def impute(run, vqvae, prior, d, args):
     """Refill x[start:end] of the first n test series N_FILLINGS times; errors against the truth."""
     start, end = args.impute
     x = d.x_test[: args.n]
-    # the encoder sees far: what is to be found must not be in its input, so a straight line is
+    # tokens outside the stretch see into it: a straight line stands there instead of the truth
     line = torch.linspace(0, 1, end - start + 2, device=x.device)[1:-1]
     before, after = x[..., start - 1 : start], x[..., end : end + 1]  # one is empty at a border
     ends = (before if start else after), (after if end < vqvae.L else before)
@@ -297,13 +288,16 @@ if __name__ == "__main__":
     if args.impute:
         data.report(run, "imputed", impute(run, vqvae, prior, d, args))
     else:
-        y = draw_labels(args.label, d, args.n) if prior is not None else None
+        y = d.y_train if prior is not None and args.label != "none" else None
+        if y is not None:  # classes as often as in training
+            y = y if args.label == "all" else y[y == d.classes.index(args.label)]
+            y = y[torch.randint(len(y), (args.n,), device=device)]
         s_M = torch.full((args.n, N), K, device=device)
         began = time.perf_counter()
         s, x, canvases = generate(vqvae, prior, y, s_M, args)
         cost = data.cost(began, 1, args.n, device)
         cost["seconds"] = cost.pop("seconds_per_step")
-        names = np.array(d.classes)[y.cpu()] if y is not None else np.full(args.n, "")
+        names = np.array(d.classes)[y.tolist()] if y is not None else np.full(args.n, "")
         x_own = (x * d.std + d.mean).cpu()  # in the data's own units
         data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
         draw_samples(run, d, x, y)

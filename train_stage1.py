@@ -267,13 +267,13 @@ def draw_classes(run, model, d, title):
 if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
+    run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
+    device = data.begin(args)
+    args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
     if args.ssl == "none" and (args.ssl_weight or args.views == 2):
         parser.error("--ssl none has neither --ssl-weight nor --views")
     if args.ssl == "vbcreg" and args.proj_dim % 64:
         parser.error(f"--proj-dim {args.proj_dim} is not a multiple of 64, IterNorm's group")
-    run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
-    device = data.begin(args)
-    args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
     if args.ssl_weight is None:
         args.ssl_weight = SSL_WEIGHTS[args.ssl]
 

@@ -48,10 +48,9 @@ def draw_tokens(distance, temperature):
 def bound(prior, s, y):
     """Mean of `nll_bound` over BOUND_DRAWS draws for each row of s, in nats a series."""
     total = 0.0
-    for _ in range(BOUND_DRAWS):
-        for i in range(0, len(s), 1000):
-            logits_fn = guided(prior, None if y is None else y[i : i + 1000])
-            total += nll_bound(logits_fn, s[i : i + 1000], prior.mask_id).sum().item()
+    for i in [*range(0, len(s), 1000)] * BOUND_DRAWS:
+        logits_fn = guided(prior, None if y is None else y[i : i + 1000])
+        total += nll_bound(logits_fn, s[i : i + 1000], prior.mask_id).sum().item()
     return total / BOUND_DRAWS / len(s)
 
 
