@@ -614,7 +614,7 @@ def test_gaps_tails_and_labels_by_hand(tmp_path, capsys):
 
 def test_own_arrays_with_channels_and_without_labels(tmp_path):
     x = np.random.default_rng(0).normal(size=(12, 3, 16))
-    np.savez(tmp_path / "own.npz", x_train=x * [[1], [10], [0]] + 5, x_test=x[:5])
+    np.savez(tmp_path / "own.npz", x_train=x * [[1], [10], [0]] + 0.1, x_test=x[:5])
     d = data.load(str(tmp_path / "own.npz"))
     assert d.x_train.shape == (12, 3, 16) and d.y_train is None and d.classes == []
     assert torch.allclose(d.x_train.std((0, 2), correction=0), torch.tensor([1.0, 1, 0]), atol=1e-4)
@@ -630,7 +630,7 @@ def test_huge_values_are_scaled(tmp_path):
 
 def zipped(members):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in members.items():
             archive.writestr(name, text)
     return buffer.getvalue()
@@ -638,6 +638,7 @@ def zipped(members):
 
 ROWS = "1 " + " ".join("123456789") + "\n2 " + " ".join("987654321") + "\n"
 GOOD = zipped({"Own_TRAIN.txt": ROWS, "Own_TEST.txt": ROWS, "README.md": "more"})
+DAMAGED = GOOD[:43] + b"\xff" * 9 + GOOD[52:]  # the first member begins at byte 43
 FOLDER = zipped({"Own/Own_TRAIN.txt": ROWS, "Own/Own_TEST.txt": ROWS})
 
 
@@ -645,7 +646,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         kind = self.path.split("/")[1]
         bodies = {"good": GOOD, "folder": FOLDER, "cut": GOOD, "nozip": b"<html>hello</html>",
-                  "other": zipped({"Else_TRAIN.txt": ROWS}), "empty": b"",
+                  "other": zipped({"Else_TRAIN.txt": ROWS}), "empty": b"", "damaged": DAMAGED,
                   "climbs": zipped({"../Own_TRAIN.txt": ROWS, "../Own_TEST.txt": ROWS})}
         if kind == "slow":
             time.sleep(1.5)
@@ -687,6 +688,7 @@ def test_downloads_at_once(server, tmp_path):
 @pytest.mark.parametrize("kind, message", [
     ("missing", "404"), ("slow", "timed out"), ("cut", "cut off after"), ("nozip", "not a zip"),
     ("other", "holds no Own_TRAIN"), ("climbs", "holds no Own_TRAIN"), ("empty", "not a zip"),
+    ("damaged", "decompressing"),
 ])
 def test_failed_download(server, tmp_path, kind, message):
     mirrors = [f"{server}/{kind}/{{}}.zip", "http://127.0.0.1:9/{}.zip"]
@@ -808,7 +810,8 @@ def test_real_input_through_all_scripts(name, ending, tmp_path):
     script("train_stage2", "--run", run, "--epochs", 1)
     script("sample", "--run", run, "--n", 1)
     L = SHAPES[name][2] if name in SHAPES else 96
-    assert np.load(run / "samples.npz")["x"].shape == (1, 1, L)
+    drawn = np.load(run / "samples.npz")
+    assert drawn["x"].shape == (1, 1, L) and drawn["y"].shape == (1,)
 
 
 def test_without_run_and_by_the_alias(small, tmp_path, monkeypatch):
