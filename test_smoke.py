@@ -1106,7 +1106,9 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
-BAD |= {f"checkpoint: {name}, {command}": (stage2(spoil), command, 1, NOT_WHOLE)
+BAD |= {f"checkpoint: {name}, {command}": (
+            stage2(spoil), command, 1,
+            NOT_WHOLE + (".*it is of stage 1" if name == "other stage" else ""))
         for name, spoil in SPOILT.items()
         for command in ("sample --run run", "train_stage2 --run run --resume")}
 
