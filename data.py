@@ -359,12 +359,12 @@ def gaussian_noise(x, deviation=0.05):
     return x + deviation * torch.randn_like(x)
 
 
-def time_shift(x, most):
-    """Move each series by a random -most..most samples (most < L); its border is mirrored."""
-    B, _, L = x.shape
-    t = torch.arange(L, device=x.device) + torch.randint(-most, most + 1, (B, 1), device=x.device)
-    t = (L - 1) - (L - 1 - t.abs()).abs()  # (B,L), both ends folded back into 0..L-1
-    return x.gather(2, t[:, None].expand_as(x))
+def time_shift(x, by):
+    """x(t) -> x(t + by), by (B,1) or one number, less than L either way; the border is mirrored."""
+    L = x.shape[-1]
+    t = torch.arange(L, device=x.device) + by
+    t = (L - 1) - (L - 1 - t.abs()).abs()  # both ends folded back into 0..L-1
+    return x.gather(2, t.view(-1, 1, L).expand_as(x))
 
 
 AUGMENTATIONS = {
@@ -452,13 +452,12 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def one_cycle(parameters, lr, n_steps):
-    """AdamW and its learning rate: a tenth of n_steps up to lr, then to nearly 0 by a cosine."""
-    # NOTE(differs): betas and weight decay by the README's ablation
+def one_cycle(optimiser, n_steps):
+    """Learning rate: a tenth of n_steps up to the optimiser's own, then to nearly 0 by a cosine."""
     # at least 11 steps: at 10 OneCycleLR's warm-up has no length, and it divides by that
-    optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, lr, total_steps=max(11, n_steps), pct_start=0.1, cycle_momentum=False)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, optimiser.defaults["lr"], total_steps=max(11, n_steps), pct_start=0.1,
+        cycle_momentum=False)
 
 
 def finite_means(losses, names, epoch, run):

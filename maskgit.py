@@ -67,15 +67,19 @@ class MaskGIT(nn.Module):
 
     K: codes. N: sequence length. n_classes: 0 for unlabelled data. Output logits are tied to the
     token embedding. label_dropout: probability that a label is hidden from the model, in training
-    only, which is what makes guidance and unconditional sampling possible.
+    only, which is what makes guidance and unconditional sampling possible. n_moves: how many moved
+    versions of the series it learns; told which (`move`, (B) in 0..n_moves-1), it keeps them apart,
+    and without being told it takes the middle one (as in Jun et al. 2020, DistAug).
     """
 
     # NOTE(differs): published width 256, 2 heads
-    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
+    def __init__(self, K, N, n_classes=0, n_moves=1, width=128, n_layers=4, n_heads=4,
+                 label_dropout=0.2):
         super().__init__()
         self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
+        self.moves = nn.Embedding(n_moves, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
             nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout=0, activation="gelu",
@@ -84,16 +88,19 @@ class MaskGIT(nn.Module):
         ))
         self.norm = nn.LayerNorm(width)
         self.bias = nn.Parameter(torch.zeros(K))
-        for weight in (self.tokens.weight, self.classes.weight, self.positions):
-            nn.init.normal_(weight, std=0.02)
+        for table in (self.tokens.weight, self.classes.weight, self.moves.weight, self.positions):
+            nn.init.normal_(table, std=0.02)
 
-    def forward(self, s_M, y=None):
+    def forward(self, s_M, y=None, move=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
         if self.training:  # NOTE(differs): elsewhere it stays on while sampling
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
-        h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
+        if move is None:
+            move = torch.full_like(y, self.moves.num_embeddings // 2)
+        condition = self.classes(y) + self.moves(move)
+        h = torch.cat([condition[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
         h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h @ self.tokens.weight[:-1].T + self.bias
 

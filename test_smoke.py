@@ -456,6 +456,13 @@ def test_label_dropout_in_training_only():
     assert not torch.allclose(prior(s_M, y)[0], prior(s_M, y)[1])
 
 
+def test_moves_are_told_apart_and_the_middle_one_is_drawn():
+    prior = maskgit.MaskGIT(6, 8, n_classes=3, n_moves=5, width=16, n_layers=1).eval()
+    s_M, y = torch.full((5, 8), 6), torch.zeros(5, dtype=torch.long)
+    each = prior(s_M, y, torch.arange(5))
+    assert torch.equal(prior(s_M, y)[2], each[2]) and len(each.unique(dim=0)) == 5
+
+
 def test_bound_of_a_uniform_prior_is_n_log_k():
     K, N = 7, 12
     bound = maskgit.nll_bound(lambda s: torch.zeros(*s.shape, K), torch.randint(K, (50, N)), K)
@@ -560,10 +567,14 @@ def test_augmentations():
 
 
 def test_time_shift_by_hand():
-    moved = data.time_shift(torch.arange(5).expand(200, 2, 5), most=2)
+    x = torch.arange(5).expand(5, 2, 5)
+    moved = data.time_shift(x, torch.arange(-2, 3)[:, None])
     assert torch.equal(moved[:, 0], moved[:, 1])
-    assert moved[:, 0].unique(dim=0).tolist() == [
-        [0, 1, 2, 3, 4], [1, 0, 1, 2, 3], [1, 2, 3, 4, 3], [2, 1, 0, 1, 2], [2, 3, 4, 3, 2]]
+    assert moved[:, 0].tolist() == [
+        [2, 1, 0, 1, 2], [1, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 3], [2, 3, 4, 3, 2]]
+    for by, expected in zip(range(-2, 3), train_stage2.of_each_move(lambda x: x, x, 2)):
+        assert torch.equal(data.time_shift(x, by), expected)
+    assert torch.equal(train_stage2.of_each_move(lambda x: x, x, 2)[:, 0], moved)
 
 
 SHAPES = {"ECG5000": (500, 4499, 140, 5), "GunPoint": (50, 150, 150, 2),
@@ -1225,7 +1236,7 @@ def test_stage1_flags(flags, small, finished, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ("--seed", 1), ("--epochs", 1), ("--batch-size", 8), ("--lr", 0.1), ("--schedule", "linear"),
-    ("--token-temperature", 9),
+    ("--token-temperature", 9), ("--shift", 0),
 ], ids=lambda flags: " ".join(map(str, flags)))
 def test_stage2_flags(flags, finished, tmp_path):
     shutil.copy(finished / "stage1.pt", tmp_path)

@@ -102,8 +102,8 @@ def stage1_losses(model, project, x, args):
     decoded; with one view Y1 is of x itself.
     """
     # NOTE(differs): neither the thesis nor the follow-up moves x; --shift 0 is theirs
-    x = data.time_shift(x, int(args.shift * model.stride))
-    B = len(x)
+    most, B = int(args.shift * model.stride), len(x)
+    x = data.time_shift(x, torch.randint(-most, most + 1, (B, 1), device=x.device))
     n_views = 0 if args.ssl == "none" else args.views
     # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
     views = [data.augment(x, args.augment) for _ in range(n_views)]
@@ -288,8 +288,9 @@ if __name__ == "__main__":
     if args.ssl != "none":
         project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
     weights = [*model.parameters(), *project.parameters()]
-    # NOTE(differs): the constants of data.one_cycle, clipping and batch, by the README's ablation
-    optimiser, schedule = data.one_cycle(weights, args.lr, args.epochs * n_steps)
+    # NOTE(differs): betas, weight decay, one cycle, clipping and batch, by the README's ablation
+    optimiser = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = data.one_cycle(optimiser, args.epochs * n_steps)
     parts = dict(model=model, project=project, optimiser=optimiser, schedule=schedule)
     constants = dict(stage=1, arguments=arguments, shape=[len(d.classes), n, C, L])
     log = data.restore(state, parts)

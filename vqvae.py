@@ -34,11 +34,22 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W alone does not tell even from odd."""
-    window = torch.hann_window(n_fft, device=u.device)
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W alone does not tell even from odd.
+
+    Windowed frames are added where they overlap and divided by the sum of the squared windows, as
+    torch.istft does, which stops a GPU each time to look whether that sum is anywhere zero.
+    """
+    window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
-    x = torch.istft(torch.view_as_complex(parts), n_fft, hop, window=window, length=length)
-    return rearrange(x, "(b c) l -> b c l", b=len(u))
+    frames = torch.fft.irfft(torch.view_as_complex(parts), n_fft, dim=1) * window  # (BC,n_fft,W)
+
+    def overlap_add(frames):
+        size = n_fft + hop * (frames.shape[-1] - 1)
+        x = F.fold(frames, (1, size), (1, n_fft), stride=(1, hop))  # (rows,1,1,size)
+        return x[..., n_fft // 2 :][..., :length]  # without the border that stft has reflected
+
+    x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
+    return rearrange(x, "(b c) 1 1 l -> b c l", b=len(u))
 
 
 class ResidualBlock(nn.Module):
