@@ -526,6 +526,41 @@ def fit_two_steps(x):
     return ok, is_up[0] + 2 * is_up[1], params
 
 
+def ks_distance(a, b):
+    """Kolmogorov-Smirnov distance of two samples (n), (m): 0 alike, 1 apart."""
+    values = torch.cat([a, b]).unique()
+    below_a, below_b = ((v[:, None] <= values).float().mean(0) for v in (a, b))
+    return (below_a - below_b).abs().max().item()
+
+
+def judge_two_patterns(run):
+    """Print how many of a TwoPatterns run's generated and reconstructed test series, with noise,
+    are well-formed and of their class, and how far the distributions of these two are apart.
+    """
+    stage1 = data.load_checkpoint(Path(run) / "stage1.pt", stage=1)
+    model = data.rebuild(vqvae.VQVAE, stage1["arguments"], stage1["model"], "cpu")
+    d = data.load_again(stage1, "cpu")
+    with np.load(Path(run) / "samples.npz") as file:
+        x, names = (torch.tensor(file["x"]) - d.mean) / d.std, file["y"]
+    torch.manual_seed(0)
+    x_rec = data.in_batches(lambda rows: model.detokenise(model.tokenise(rows), 1.0), d.x_test)
+    distributions = []
+    for name, v, y in (("generated", x, torch.tensor([d.classes.index(c) for c in names])),
+                       ("reconstructed", x_rec, d.y_test)):
+        ok, label, params = fit_two_steps(v[:, 0])
+        is_good = ok & (label == y)
+        print(f"{name}: {is_good.float().mean():.3f} well-formed")
+        distributions.append([values[is_good] for values in params])
+    distances = [f"{ks_distance(a, b):.3f}" for a, b in zip(*distributions)]
+    print("KS distances of start, first length, gap, second length:", *distances)
+
+
+def test_ks_distance_by_hand():
+    a = torch.tensor([1, 2, 3, 4])
+    assert ks_distance(a, a.repeat(3)) == 0 and ks_distance(a, a + 4) == 1
+    assert ks_distance(a, torch.tensor([2, 3, 4, 5])) == 0.25
+
+
 def test_synthetic_set_is_like_the_real_one():
     real, ours = data.load("TwoPatterns", ucr("TwoPatterns")), data.load("synthetic")
     real, ours = (torch.cat([d.x_train, d.x_test])[:, 0] for d in (real, ours))
