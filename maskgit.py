@@ -65,21 +65,21 @@ def masked_cross_entropy(logits, s, is_masked):
 class MaskGIT(nn.Module):
     """Bidirectional transformer over a class token and N tokens: s_M (B,N), y (B) -> (B,N,K).
 
-    K: codes. N: sequence length. n_classes: 0 for unlabelled data. Output logits are tied to the
+    K: codes. N: sequence length. n_classes: 0 for unlabelled data. The output weights are the
     token embedding. label_dropout: probability that a label is hidden from the model, in training
-    only, which is what makes guidance and unconditional sampling possible. n_moves: how many moved
-    versions of the series it learns; told which (`move`, (B) in 0..n_moves-1), it keeps them apart,
-    and without being told it takes the middle one (as in Jun et al. 2020, DistAug).
+    only, which is what makes guidance and unconditional sampling possible. n_shifts: odd; the
+    series are learned under this many shifts in time, told by their number (`shift`, (B) in
+    0..n_shifts-1). Not told, the model takes the middle one, no shift (as Jun et al. 2020 do).
     """
 
     # NOTE(differs): published width 256, 2 heads
-    def __init__(self, K, N, n_classes=0, n_moves=1, width=128, n_layers=4, n_heads=4,
+    def __init__(self, K, N, n_classes=0, n_shifts=1, width=128, n_layers=4, n_heads=4,
                  label_dropout=0.2):
         super().__init__()
         self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
-        self.moves = nn.Embedding(n_moves, width)
+        self.shifts = nn.Embedding(n_shifts, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
             nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout=0, activation="gelu",
@@ -88,18 +88,18 @@ class MaskGIT(nn.Module):
         ))
         self.norm = nn.LayerNorm(width)
         self.bias = nn.Parameter(torch.zeros(K))
-        for table in (self.tokens.weight, self.classes.weight, self.moves.weight, self.positions):
+        for table in (self.tokens.weight, self.classes.weight, self.shifts.weight, self.positions):
             nn.init.normal_(table, std=0.02)
 
-    def forward(self, s_M, y=None, move=None):
+    def forward(self, s_M, y=None, shift=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
         if self.training:  # NOTE(differs): elsewhere it stays on while sampling
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
-        if move is None:
-            move = torch.full_like(y, self.moves.num_embeddings // 2)
-        condition = self.classes(y) + self.moves(move)
+        if shift is None:
+            shift = torch.full_like(y, self.shifts.num_embeddings // 2)
+        condition = self.classes(y) + self.shifts(shift)
         h = torch.cat([condition[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
         h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h @ self.tokens.weight[:-1].T + self.bias
@@ -108,8 +108,8 @@ class MaskGIT(nn.Module):
 def guided(prior, y=None, scale=1.0):
     """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
 
-    Scale 1 is the class-conditional model itself, 0 the unconditional one; above 1 the class
-    shows more and variety less. Without y the model is unconditional.
+    Scale 1 (Ho and Salimans' 1 + w) is the class-conditional model itself, 0 the unconditional
+    one; above 1 the class shows more and variety less. Without y the model is unconditional.
     """
     def logits_fn(s_M):
         if y is None or scale == 1:

@@ -456,8 +456,8 @@ def test_label_dropout_in_training_only():
     assert not torch.allclose(prior(s_M, y)[0], prior(s_M, y)[1])
 
 
-def test_moves_are_told_apart_and_the_middle_one_is_drawn():
-    prior = maskgit.MaskGIT(6, 8, n_classes=3, n_moves=5, width=16, n_layers=1).eval()
+def test_shifts_are_told_apart_and_the_middle_one_is_drawn():
+    prior = maskgit.MaskGIT(6, 8, n_classes=3, n_shifts=5, width=16, n_layers=1).eval()
     s_M, y = torch.full((5, 8), 6), torch.zeros(5, dtype=torch.long)
     each = prior(s_M, y, torch.arange(5))
     assert torch.equal(prior(s_M, y)[2], each[2]) and len(each.unique(dim=0)) == 5
@@ -607,9 +607,11 @@ def test_time_shift_by_hand():
     assert torch.equal(moved[:, 0], moved[:, 1])
     assert moved[:, 0].tolist() == [
         [2, 1, 0, 1, 2], [1, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 3], [2, 3, 4, 3, 2]]
-    for by, expected in zip(range(-2, 3), train_stage2.of_each_move(lambda x: x, x, 2)):
-        assert torch.equal(data.time_shift(x, by), expected)
-    assert torch.equal(train_stage2.of_each_move(lambda x: x, x, 2)[:, 0], moved)
+    for i, by in enumerate(train_stage2.even_shifts(2)):
+        assert torch.equal(data.time_shift(x, by)[i], moved[i])
+    for most, n in ((0, 1), (1, 3), (4, 9), (7, 15), (8, 9), (64, 9), (101, 9)):
+        shifts = [*train_stage2.even_shifts(most)]
+        assert len(shifts) == n and shifts[n // 2] == 0 and most - 4 < shifts[-1] <= most
 
 
 SHAPES = {"ECG5000": (500, 4499, 140, 5), "GunPoint": (50, 150, 150, 2),

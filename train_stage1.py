@@ -44,7 +44,7 @@ def flags():
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
         "(default: window_warp amplitude_resize)")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="x itself is moved in training by up to this many columns of the token grid "
+        help="x itself is shifted in training by up to this many columns of the token grid "
         "(default 0.25; published 0)")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
@@ -101,7 +101,7 @@ def stage1_losses(model, project, x, args):
     With two views Y1 is of the first's z_q, Y2 of the second's z, and the second is the one that is
     decoded; with one view Y1 is of x itself.
     """
-    # NOTE(differs): neither the thesis nor the follow-up moves x; --shift 0 is theirs
+    # NOTE(differs): neither the thesis nor the follow-up shifts x; --shift 0 is theirs
     most, B = int(args.shift * model.stride), len(x)
     x = data.time_shift(x, torch.randint(-most, most + 1, (B, 1), device=x.device))
     n_views = 0 if args.ssl == "none" else args.views

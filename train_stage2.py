@@ -1,7 +1,7 @@
 """Stage 2: a MaskGIT prior over the tokens of a trained stage 1 (thesis 0.2).
 
-x, under each of a few moves, -> s once, by the frozen VQ-VAE; then s -> s_M -> logits,
-cross-entropy on the masked entries.
+Every training series is tokenised once under each of a few shifts, by the frozen VQ-VAE: x -> s;
+then s -> s_M -> logits, cross-entropy on the masked entries.
 
     python train_stage2.py
 
@@ -29,7 +29,7 @@ def flags():
     parser = argparse.ArgumentParser(description="Train the prior over tokens (stage 2).")
     add = parser.add_argument_group("data").add_argument
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="the prior also learns the series moved by up to this many columns of the token grid, "
+        help="the prior also learns series shifted by up to this many columns of the token grid, "
         "and is told by how much (default 0.25; published 0)")
     add("--token-temperature", type=data.number(float, 0), default=0.0,
         help="t > 0 draws tokens anew each epoch from softmax(-distance/t) (default 0: nearest)")
@@ -44,10 +44,10 @@ def flags():
     return data.run_flags(parser, trains=True)
 
 
-def of_each_move(function, x, most):
-    """function(x) of the series x (n,C,L) moved by each of -most..most samples: (moves,n,...)."""
-    moves = range(-most, most + 1)
-    return torch.stack([data.in_batches(function, data.time_shift(x, by)) for by in moves])
+def even_shifts(most):
+    """Shifts from about -most to most samples, evenly spaced around 0 and no more than 15."""
+    step = max(1, most // 4)
+    return range(-(most // step) * step, most + 1, step)
 
 
 def draw_tokens(distance, temperature):
@@ -90,22 +90,25 @@ if __name__ == "__main__":
     vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)
     d = data.load_again(stage1, device)
     K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
-    # NOTE(differs): moved series too, else it learns the series by heart; told of the move, it
-    # draws unmoved ones
-    most = int(args.shift * vqvae.stride)
-    s_moved = of_each_move(vqvae.tokenise, d.x_train, most)
-    if args.token_temperature > 0:
-        distance = of_each_move(
-            lambda x: vqvae.quantiser.distances(vqvae.encode(x)), d.x_train, most)
-    n_moves, n, _ = s_moved.shape
+    n = len(d.x_train)
     n_steps = math.ceil(n / args.batch_size)
 
-    arguments = dict(K=K, N=N, n_classes=len(d.classes), n_moves=n_moves)
+    def look(x):
+        """s (B,N) of x, or with a temperature the distances (B,N,K) that s is drawn from."""
+        distance = vqvae.quantiser.distances(vqvae.encode(x))
+        return distance if args.token_temperature > 0 else distance.argmin(-1)
+
+    # NOTE(differs): shifted series too, else the prior learns the training series by heart; it is
+    # told the shift, so that it draws series as they are
+    shifts = even_shifts(int(args.shift * vqvae.stride))
+    seen = torch.stack([data.in_batches(look, data.time_shift(d.x_train, by)) for by in shifts])
+
+    arguments = dict(K=K, N=N, n_classes=len(d.classes), n_shifts=len(shifts))
     prior = MaskGIT(**arguments).to(device)
-    # NOTE(differs): smaller batches, one cycle of the rate, and Muon for the layers' matrices
+    # NOTE(differs): smaller batches, one cycle of the rate, and Muon for every matrix of the layers
     matrices = [w for w in prior.layers.parameters() if w.ndim == 2]
     others = [w for w in prior.parameters() if all(w is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, args.lr, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
     schedules = [data.one_cycle(optimiser, args.epochs * n_steps) for optimiser in (muon, adamw)]
     parts = dict(prior=prior, muon=muon, adamw=adamw, muon_schedule=schedules[0],
@@ -116,14 +119,15 @@ if __name__ == "__main__":
     began, first_epoch = time.perf_counter(), len(log)
     for epoch in data.epochs(run, parts, args, log, constants):
         losses = []
-        move, every = torch.randint(n_moves, (n,), device=device), torch.arange(n, device=device)
-        s_train = s_moved[move, every]  # (n,N), each series under a move of its own
+        shift = torch.randint(len(shifts), (n,), device=device)  # one for each series
+        s_train = seen[shift, torch.arange(n, device=device)]
         if args.token_temperature > 0:
-            s_train = draw_tokens(distance[move, every], args.token_temperature)
+            s_train = draw_tokens(s_train, args.token_temperature)
         for rows in torch.randperm(n, device=device).split(args.batch_size):
-            s, y = s_train[rows], d.y_train[rows] if d.classes else None
+            s = s_train[rows]
+            y = d.y_train[rows] if d.classes else None
             is_masked = mask_tokens(s, args.schedule)
-            logits = prior(s.masked_fill(is_masked, K), y, move[rows])
+            logits = prior(s.masked_fill(is_masked, K), y, shift[rows])
             loss = masked_cross_entropy(logits, s, is_masked)
             prior.zero_grad()
             loss.backward()
