@@ -38,7 +38,7 @@ def istft(u, length, n_fft=8, hop=2):
 
     Windowed frames are added where they overlap and divided by the sum of the squared windows: what
     torch.istft does, but without its look whether that sum is zero anywhere, for which a GPU has to
-    wait. It is not for hop <= n_fft/2.
+    wait. Needs hop <= n_fft/2.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
