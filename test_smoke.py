@@ -879,11 +879,11 @@ def test_ten_thousand_series(finished, tmp_path):
 
 def test_tokens_are_computed_once(finished, tmp_path, monkeypatch):
     shutil.copy(finished / "stage1.pt", tmp_path)
-    tokenise, rows = vqvae.VQVAE.tokenise, []
-    monkeypatch.setattr(vqvae.VQVAE, "tokenise",
-                        lambda model, x: rows.append(len(x)) or tokenise(model, x))
+    encode, rows = vqvae.VQVAE.encode, []
+    monkeypatch.setattr(vqvae.VQVAE, "encode",
+                        lambda model, x: rows.append(len(x)) or encode(model, x))
     script("train_stage2", "--run", tmp_path, *TINY2)
-    assert sum(rows) == 40 + 24
+    assert sum(rows) == 3 * 40 + 24  # under shifts of -1, 0 and 1
 
 
 @pytest.mark.parametrize("ssl", TERMS)
