@@ -13,7 +13,6 @@ Notation: B batch, C channels, L series length; x series (B,C,L), y labels (B).
 """
 
 import argparse
-import http.client
 import io
 import json
 import math
@@ -24,7 +23,7 @@ import sys
 import time
 import urllib.request
 import zipfile
-import zlib
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +84,8 @@ def two_patterns(n, generator, L=128):
 
 def numbered_lines(path):
     """(number, line) of a text file's lines that are neither blank nor a # comment."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file") from None
+    # a byte-order mark is passed over; bytes that are no UTF-8 are harmless in a comment only
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     return [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line[0] != "#"]
 
 
@@ -126,33 +123,30 @@ def read_ts(path):
     Returns series, a list of (C,L) arrays, and their labels as strings (None without @classLabel).
     ValueError where the header contradicts the data.
     """
-    header, series, labels = {}, [], []
-
-    def says(key):
-        return header.get(key, [""])[0].lower()
-
+    says, names, series, labels = defaultdict(str), [], [], []
     for i, line in numbered_lines(path):
         where = f"{path}, line {i}"
         if line.startswith("@"):
-            key, *values = [*line[1:].split(), ""]
-            header[key.lower()] = values
+            key, *values = [*line[1:].lower().split(), ""]
+            says[key] = values[0]
+            names = line.split()[2:] if key == "classlabel" else names
             continue
-        *channels, label = line.strip().split(":")
-        if says("classlabel") != "true":
+        *channels, label = (part.strip() for part in line.split(":"))
+        if says["classlabel"] != "true":
             channels.append(label)
-        elif label in header["classlabel"][1:-1]:
+        elif label in names:
             labels.append(label)
         else:
             raise ValueError(f"{where}: label {label!r} is not in @classLabel")
         rows = [parse(channel.split(","), where) for channel in channels]
-        is_equal = series and says("equallength") == "true"
-        C = says("dimensions") or ("1" if says("univariate") == "true" else str(len(rows)))
-        L = says("serieslength") or str(series[0].shape[1] if is_equal else len(rows[0]))
+        first = series[0] if series and says["equallength"] == "true" else rows
+        C = says["dimensions"] or ("1" if says["univariate"] == "true" else str(len(rows)))
+        L = says["serieslength"] or str(len(first[0]))
         lengths = [str(len(row)) for row in rows]
         if str(len(rows)) != C or set(lengths) != {L}:
             raise ValueError(f"{where}: channels of {', '.join(lengths)} values, but by the header "
                              f"(or the series before, or the first channel) {C} of {L}")
-        if says("missing") == "false" and np.isnan(sum(rows, [])).any():
+        if says["missing"] == "false" and np.isnan(sum(rows, [])).any():
             raise ValueError(f"{where}: a missing value, but the header says @missing false")
         series.append(np.array(rows))
     return series, labels or None
@@ -165,7 +159,7 @@ def read_npz(path):
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
     except OSError:
         raise
     except Exception:  # what NumPy raises depends on the bytes
@@ -204,12 +198,11 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
         try:
-            archive = zipfile.ZipFile(io.BytesIO(download(address, timeout)))
-            if not (pair := locate(name, zipfile.Path(archive))):
+            pair = locate(name, zipfile.Path(io.BytesIO(download(address, timeout))))
+            if not pair:
                 raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
             members = {path.name: path.read_bytes() for path in pair}
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile,
-                zlib.error) as error:
+        except Exception as error:  # of the connection or of the zip, by many names
             failures.append(f"{address} ({str(error) or type(error).__name__})")
             continue
         for member, content in members.items():
@@ -240,8 +233,7 @@ def download(address, timeout):
 
 def trim(series):
     """A series (C,l) without its NaN tail, the mark of a shorter series in a padded file."""
-    present = np.flatnonzero(np.isfinite(series).any(0))
-    return series[:, : present[-1] + 1 if len(present) else 0]
+    return series[:, : np.flatnonzero(np.isfinite(series).any(0)).max(initial=-1) + 1]
 
 
 def to_array(series, split, C, L):
@@ -270,7 +262,7 @@ def encode_labels(train, test):
     if not train or not test:
         return [], None, None
     try:
-        train, test = ([f"{float(label):.12g}" for label in split] for split in (train, test))
+        train, test = ([repr(float(v)).removesuffix(".0") for v in y] for y in (train, test))
         classes = sorted(set(train), key=float)
     except ValueError:
         classes = sorted(set(train))
@@ -346,9 +338,8 @@ def amplitude_resize(x, deviation=0.2):
 def slice_and_shuffle(x, n_segments=4):
     """Cut each series at random places into n_segments and join them in random order."""
     B, _, L = x.shape
-    cuts = torch.randint(1, L, (B, n_segments - 1), device=x.device).sort(1).values
-    t = torch.arange(L, device=x.device).expand(B, L).contiguous()
-    segment = torch.searchsorted(cuts, t, right=True)  # (B,L), 0..n_segments-1
+    cuts = torch.randint(1, L, (B, 1, n_segments - 1), device=x.device)
+    segment = (torch.arange(L, device=x.device)[:, None] >= cuts).sum(2)  # (B,L), 0..n_segments-1
     place = torch.rand(B, n_segments, device=x.device).argsort(1)
     order = place.gather(1, segment).argsort(stable=True, dim=1)
     return x.gather(2, order[:, None].expand_as(x))
@@ -469,7 +460,7 @@ def finite_means(losses, names, epoch, run):
     for step, term in (~values.isfinite()).nonzero().tolist():
         raise ValueError(
             f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
-            f"last checkpoint in {run} is kept. Try a lower --lr, or look for outliers in the data")
+            f"last checkpoint in {run}, if any, is kept. Try a lower --lr, or look for outliers in the data")
     return {"epoch": epoch + 1} | dict(zip(names, values.mean(0).tolist()))
 
 
@@ -519,12 +510,13 @@ def epochs(run, parts, args, log, constants):
 def load_checkpoint(path, stage):
     """Checkpoint of that stage, on the CPU; plain types only. ValueError for any other file."""
     if not path.exists():
-        raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
+        raise ValueError(f"{path}: not there; train stage {stage} (without --resume), or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["stage"] == stage and {"arguments", "flags", "log", "rng", "epoch"} < set(state):
+        missing = {"arguments", "flags", "log", "rng", "epoch"} - set(state)
+        if state["stage"] == stage and not missing:
             return state
-        reason = f"it is of stage {state['stage']}"
+        reason = f"of stage {state['stage']}" + (f", without {sorted(missing)}" if missing else "")
     except Exception as error:  # what an unpickler raises depends on the bytes
         reason = type(error).__name__
     raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")

@@ -33,8 +33,7 @@ SCHEDULES = {
 
 def lowest(score, n):
     """A mask (B,N) that is True at the n (B,1) lowest entries of each row of score (B,N)."""
-    rank = score.argsort(1).argsort(1)  # 0 for the lowest
-    return rank < n
+    return score.argsort(1).argsort(1) < n  # ranks, 0 for the lowest
 
 
 def random_subset(n, N):
@@ -114,8 +113,7 @@ def guided(prior, y=None, scale=1.0):
     def logits_fn(s_M):
         if y is None or scale == 1:
             return prior(s_M, y)
-        both = torch.cat([y, torch.full_like(y, prior.no_class)])
-        l_class, l_null = prior(s_M.repeat(2, 1), both).chunk(2)
+        l_class, l_null = prior(s_M, y), prior(s_M)
         return l_null + scale * (l_class - l_null)
 
     return logits_fn

@@ -48,7 +48,7 @@ def flags():
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
         help="uniform draws every token alike, as this part of the thesis did (default maskgit)")
-    add("--steps", type=data.number(int, 1), default=10, help="T (default 10)")
+    add("--steps", type=data.number(int, 1, 100), default=10, help="T (default 10)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=8.0,
@@ -182,8 +182,7 @@ def draw_samples(run, d, x, y):
         for half, (v, labels) in enumerate(((d.x_test, d.y_test), (x, y))):
             rows = v if c is None else v[labels == c]
             for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
-                axis, colour = axes[3 * half + i, column], ("0.3", "C0")[half]
-                axis.plot(row[0].cpu().numpy(), lw=1, color=colour)
+                axes[3 * half + i, column].plot(row[0].cpu(), lw=1, color=("0.3", "C0")[half])
         axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
         axes[-1, column].set_xlabel("time step")
     for row, axis in enumerate(axes[:, 0]):

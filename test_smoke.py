@@ -660,6 +660,17 @@ def test_gaps_tails_and_labels_by_hand(tmp_path, capsys):
     assert torch.allclose(x[0, 0], torch.arange(10.0), atol=1e-5)
 
 
+def test_odd_files_that_are_read(tmp_path):
+    row = ",".join("12345678")
+    ts = f"# caf\xe9\n{TS}@data\n{row} : a\n{row}:b \n".encode("latin-1")
+    for split in ("TRAIN", "TEST"):
+        (tmp_path / f"Own_{split}.ts").write_bytes(ts)
+    assert data.load("Own", tmp_path).classes == ["a", "b"]
+    lines = [f"{label}\t" + row.replace(",", "\t") for label in (1234567890124, 1234567890123)]
+    d = data.load("Own", table(tmp_path, "\ufeff" + "\n".join(lines), lines[0]))
+    assert d.classes == ["1234567890123", "1234567890124"] and d.y_train.tolist() == [1, 0]
+
+
 def test_own_arrays_with_channels_and_without_labels(tmp_path):
     x = np.random.default_rng(0).normal(size=(12, 3, 16))
     np.savez(tmp_path / "own.npz", x_train=x * [[1], [10], [0]] + 0.1, x_test=x[:5])
@@ -994,6 +1005,26 @@ def test_a_kill_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_checkpoints_of_a_gpu(finished, tmp_path):
+    """The same file, but with CUDA named as the device of its tensors, is read where there is none."""
+    run = copy(finished, tmp_path)
+    for name in ("stage1.pt", "stage2.pt"):
+        with zipfile.ZipFile(finished / name) as archive:
+            members = {member: archive.read(member) for member in archive.namelist()}
+        with zipfile.ZipFile(run / name, "w") as archive:
+            for member, content in members.items():
+                there = content.replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0")
+                assert (there != content) == member.endswith("data.pkl")
+                archive.writestr(member, there)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA device"):
+            torch.load(run / "stage2.pt", weights_only=True)
+    assert same(weights(finished / "stage2.pt"), list(
+        data.load_checkpoint(run / "stage2.pt", stage=2)["prior"].values()))
+    script("train_stage2", "--run", run, "--resume")
+    script("sample", "--run", run, "--n", 2)
+
+
 def test_a_finished_run_says_so(finished, tmp_path, capsys):
     run = copy(finished, tmp_path)
     script("train_stage2", "--run", run, "--resume")
@@ -1065,7 +1096,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "all NaN": (rows(GOOD_ROW + "2" + " NaN" * 8), OWN, 1, r"train series 2: 0 channels with any"),
     "short": (rows("1 1 2 3\n2 3 2 1\n"), OWN, 1, r"series of 3 samples; at least 8"),
     "unseen label": (rows("7 1 2 3 4 5 6 7 8\n" * 2), OWN, 1, r"labels \['1', '2'\] do not occur"),
-    "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv: not a text file"),
+    "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv, line 1: 0 values"),
     "ts label": (rows(TS + "@data\n1,2:c\n", "ts"), OWN, 1, r"line 4: label 'c' is not in @class"),
     "ts length": (rows(TS + "@seriesLength 9\n" + TWO_TS, "ts"), OWN, 1,
                   r"line 5: channels of 8 values, .* 1 of 9"),
@@ -1100,7 +1131,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "in the way": (arrays(), "train_stage1 --dataset own.npz --run run", 1,
                    r"stage1.pt exists; go on from it by --resume, or choose another --run"),
     "no run yet": (None, "train_stage2", 1, r"no runs/\*/stage1.pt here; train that stage first"),
-    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; run train_st"),
+    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; train stage 1"),
     "epochs 0": (None, "train_stage1 --epochs 0", 2, "0 is not between 1 and inf"),
     "epochs ten": (None, "train_stage1 --epochs ten", 2, "invalid int value: 'ten'"),
     "batch 1": (None, "train_stage1 --batch-size 1", 2, "1 is not between 2"),
@@ -1154,9 +1185,11 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
+SPOILT_REASON = {"other stage": r".*\(of stage 1\)",
+                 "foreign, staged": r".*of stage 2, without \['arguments', 'epoch'"}
 BAD |= {f"checkpoint: {name}, {command}": (
             stage2(spoil), command, 1,
-            NOT_WHOLE + (".*it is of stage 1" if name == "other stage" else ""))
+            NOT_WHOLE + (SPOILT_REASON.get(name, "")))
         for name, spoil in SPOILT.items()
         for command in ("sample --run run", "train_stage2 --run run --resume")}
 

@@ -39,10 +39,9 @@ def flags():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="synthetic", help="synthetic, a UCR name, or a path to an .npz")
     add("--data-dir", default="data", help="where UCR files are, or are put when downloaded")
-    add("--augment", nargs="+", choices=data.AUGMENTATIONS, metavar="NAME",
+    add("--augment", nargs="+", choices=data.AUGMENTATIONS,
         default=["window_warp", "amplitude_resize"],
-        help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)} "
-        "(default: window_warp amplitude_resize)")
+        help="views are made by these in turn (default window_warp amplitude_resize)")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="x itself is shifted in training by up to this many columns of the token grid "
         "(default 0.25; published 0)")
@@ -131,14 +130,11 @@ def stage1_losses(model, project, x, args):
     return terms, s[:B]
 
 
-@torch.no_grad()
 def represent(model, x):
     """x (B,C,L) -> x^ (B,C,L), average-pooled z_q (B,D), tokens s (B,N). Call in eval mode."""
-    parts = []
-    for rows in x.split(500):
-        z_q, s, _ = model.quantiser(model.encode(rows))
-        parts.append((model.decode(z_q)[0], z_q.mean((2, 3)), s))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    s = data.in_batches(model.tokenise, x)
+    Y = data.in_batches(lambda s: model.quantiser.codes[s].mean(1), s)
+    return data.in_batches(model.detokenise, s), Y, s
 
 
 def nearest_neighbours(Y_train, y_train, Y_test, k=5):

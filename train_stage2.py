@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 import data
-from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
+from maskgit import (SCHEDULES, MaskGIT, guided, gumbel_like, mask_tokens, masked_cross_entropy,
+                     nll_bound)
 from vqvae import VQVAE
 
 BOUND_DRAWS = 2  # per test series
@@ -52,8 +53,7 @@ def even_shifts(most):
 
 def draw_tokens(distance, temperature):
     """distance (B,N,K) of latents to codes -> s (B,N) drawn from softmax(-distance/temperature)."""
-    p = (-distance / temperature).softmax(-1)
-    return torch.multinomial(p.flatten(0, 1), 1).view(distance.shape[:2])
+    return (gumbel_like(distance) - distance / temperature).argmax(-1)
 
 
 def bound(prior, s, y):
