@@ -401,8 +401,8 @@ def run_flags(parser, trains):
     return parser
 
 
-def begin(args):
-    """Seed torch, return the device; from here on bad input ends in one line on stderr."""
+def begin(seed, device):
+    """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
@@ -413,10 +413,10 @@ def begin(args):
 
     sys.excepthook = one_line
     has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
+    if device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: no CUDA device here; use --device cpu")
-    torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and has_cuda else "cpu")
+    torch.manual_seed(seed)
+    return torch.device("cuda" if device != "cpu" and has_cuda else "cpu")
 
 
 def newest_run(file):
@@ -460,7 +460,7 @@ def finite_means(losses, names, epoch, run):
     for step, term in (~values.isfinite()).nonzero().tolist():
         raise ValueError(
             f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
-            f"last checkpoint in {run}, if any, is kept. Try a lower --lr, or look for outliers in the data")
+            f"last checkpoint in {run}, if any, is kept. Try a lower --lr, or look for outliers")
     return {"epoch": epoch + 1} | dict(zip(names, values.mean(0).tolist()))
 
 
@@ -469,23 +469,24 @@ def write_log(path, log):
     write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
 
 
-def save(path, parts, args, log, constants):
+def save(path, parts, flags, log, constants):
     """Write a checkpoint: all that `restore` and `rebuild` need, in plain types."""
     state = {name: part.state_dict() for name, part in parts.items()} | constants
     state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
     here_only = ("run", "resume", "device", "save_every")
-    state["flags"] = {k: v for k, v in vars(args).items() if k not in here_only}
+    state["flags"] = {k: v for k, v in flags.items() if k not in here_only}
     if torch.cuda.is_initialized():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     write(path, lambda file: torch.save(state, file))
 
 
-def epochs(run, parts, args, log, constants):
+def epochs(run, parts, flags, log, constants):
     """Yield the number, from 0, of each epoch that is left; the caller puts its record into log.
 
     Then the log is written, and where it is due the checkpoint. Ctrl-C or SIGTERM saves after
     the epoch and leaves, with a line on how to go on; a second one kills. parts: {name: module,
-    optimiser or schedule}, saved by their state. constants: {name: anything plain}, with the stage.
+    optimiser or schedule}, saved by their state. flags: of the command line, {name: value}.
+    constants: {name: anything plain}, with the stage.
     """
     received = []
 
@@ -496,11 +497,12 @@ def epochs(run, parts, args, log, constants):
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     name = f"stage{constants['stage']}"
     write_log(run / f"{name}.jsonl", log)  # a resumed run forgets the epochs after its checkpoint
-    for epoch in tqdm(range(len(log), args.epochs), initial=len(log), total=args.epochs):
+    last = flags["epochs"]
+    for epoch in tqdm(range(len(log), last), initial=len(log), total=last):
         yield epoch
         write_log(run / f"{name}.jsonl", log)
-        if received or len(log) % args.save_every == 0 or len(log) == args.epochs:
-            save(run / f"{name}.pt", parts, args, log, constants)
+        if received or len(log) % flags["save_every"] == 0 or len(log) == last:
+            save(run / f"{name}.pt", parts, flags, log, constants)
         if received:
             sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
     for signum, handler in before.items():

@@ -261,7 +261,7 @@ def draw_fillings(run, x, filled, hidden, start, end):
 if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
-    device = data.begin(args)
+    device = data.begin(args.seed, args.device)
     run = args.run or data.newest_run("stage2.pt" if args.prior == "maskgit" else "stage1.pt")
     stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
     vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)

@@ -1006,7 +1006,7 @@ def test_a_kill_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
 
 
 def test_checkpoints_of_a_gpu(finished, tmp_path):
-    """The same file, but with CUDA named as the device of its tensors, is read where there is none."""
+    """The same file, with CUDA named as the device of its tensors, is read where there is none."""
     run = copy(finished, tmp_path)
     for name in ("stage1.pt", "stage2.pt"):
         with zipfile.ZipFile(finished / name) as archive:
@@ -1131,7 +1131,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "in the way": (arrays(), "train_stage1 --dataset own.npz --run run", 1,
                    r"stage1.pt exists; go on from it by --resume, or choose another --run"),
     "no run yet": (None, "train_stage2", 1, r"no runs/\*/stage1.pt here; train that stage first"),
-    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; train stage 1"),
+    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; train stage"),
     "epochs 0": (None, "train_stage1 --epochs 0", 2, "0 is not between 1 and inf"),
     "epochs ten": (None, "train_stage1 --epochs ten", 2, "invalid int value: 'ten'"),
     "batch 1": (None, "train_stage1 --batch-size 1", 2, "1 is not between 2"),
@@ -1226,8 +1226,7 @@ def test_no_cuda_as_a_program(tmp_path):
 
 def test_signal_handlers_are_put_back_where_no_epoch_is_left(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    args = train_stage2.flags().parse_args(["--epochs", "1"])
-    assert list(data.epochs(tmp_path, {}, args, [{"epoch": 1}], {"stage": 2})) == []
+    assert list(data.epochs(tmp_path, {}, {"epochs": 1}, [{"epoch": 1}], {"stage": 2})) == []
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

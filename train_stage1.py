@@ -264,7 +264,7 @@ if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
     run = args.run or Path("runs") / f"{Path(args.dataset).stem}-{args.ssl}"
-    device = data.begin(args)
+    device = data.begin(args.seed, args.device)
     args, state = data.resume(parser, args, run / "stage1.pt", stage=1)
     if args.ssl == "none" and (args.ssl_weight or args.views == 2):
         parser.error("--ssl none has neither --ssl-weight nor --views")
@@ -292,7 +292,7 @@ if __name__ == "__main__":
     log = data.restore(state, parts)
 
     began, first_epoch = time.perf_counter(), len(log)
-    for epoch in data.epochs(run, parts, args, log, constants):
+    for epoch in data.epochs(run, parts, vars(args), log, constants):
         losses, counts = [], torch.zeros(K, device=device)
         for rows in torch.randperm(n, device=device).tensor_split(n_steps):
             terms, s = stage1_losses(model, project, d.x_train[rows], args)

@@ -79,7 +79,7 @@ def draw_curves(run, log):
 if __name__ == "__main__":
     parser = flags()
     args = parser.parse_args()
-    device = data.begin(args)
+    device = data.begin(args.seed, args.device)
     run = args.run or data.newest_run("stage1.pt")
     args, state = data.resume(parser, args, run / "stage2.pt", stage=2)
 
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     log = data.restore(state, parts)
 
     began, first_epoch = time.perf_counter(), len(log)
-    for epoch in data.epochs(run, parts, args, log, constants):
+    for epoch in data.epochs(run, parts, vars(args), log, constants):
         losses = []
         shift = torch.randint(len(shifts), (n,), device=device)  # one for each series
         s_train = seen[shift, torch.arange(n, device=device)]
