@@ -28,7 +28,7 @@ style.use("tableau-colorblind10")
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
-SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.03, "vbcreg": 0.03}
+SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.1, "vbcreg": 0.03}
 VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
 DEVIATION_WEIGHT = 0.1  # of deviation_loss
 
