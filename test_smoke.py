@@ -1189,7 +1189,7 @@ SPOILT_REASON = {"other stage": r".*\(of stage 1\)",
                  "foreign, staged": r".*of stage 2, without \['arguments', 'epoch'"}
 BAD |= {f"checkpoint: {name}, {command}": (
             stage2(spoil), command, 1,
-            NOT_WHOLE + (SPOILT_REASON.get(name, "")))
+            NOT_WHOLE + SPOILT_REASON.get(name, ""))
         for name, spoil in SPOILT.items()
         for command in ("sample --run run", "train_stage2 --run run --resume")}
 
