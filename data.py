@@ -83,10 +83,15 @@ def two_patterns(n, generator, L=128):
 
 
 def numbered_lines(path):
-    """(number, line) of a text file's lines that are neither blank nor a # comment."""
-    # a byte-order mark is passed over; bytes that are no UTF-8 are harmless in a comment only
+    """(number, line) of a text file's lines that are neither blank nor a # comment.
+
+    A byte-order mark is passed over. ValueError where bytes outside comments are not UTF-8.
+    """
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line[0] != "#"]
+    kept = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line[0] != "#"]
+    if any("\ufffd" in line for _, line in kept):  # what "replace" puts there
+        raise ValueError(f"{path}: not a text file in UTF-8")
+    return kept
 
 
 def parse(fields, where):
@@ -512,13 +517,14 @@ def epochs(run, parts, flags, log, constants):
 def load_checkpoint(path, stage):
     """Checkpoint of that stage, on the CPU; plain types only. ValueError for any other file."""
     if not path.exists():
-        raise ValueError(f"{path}: not there; train stage {stage} (without --resume), or see --run")
+        raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"arguments", "flags", "log", "rng", "epoch"} - set(state)
         if state["stage"] == stage and not missing:
             return state
-        reason = f"of stage {state['stage']}" + (f", without {sorted(missing)}" if missing else "")
+        reason = f"it is of stage {state['stage']}"
+        reason += f", without {sorted(missing)}" if missing else ""
     except Exception as error:  # what an unpickler raises depends on the bytes
         reason = type(error).__name__
     raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
@@ -534,6 +540,8 @@ def resume(parser, args, path, stage):
         if path.exists():
             raise ValueError(f"{path} exists; go on from it by --resume, or choose another --run")
         return args, None
+    if not path.exists():
+        raise ValueError(f"{path}: not there, so nothing to --resume; leave it out, or see --run")
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()

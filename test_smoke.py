@@ -663,8 +663,7 @@ def test_gaps_tails_and_labels_by_hand(tmp_path, capsys):
 def test_odd_files_that_are_read(tmp_path):
     row = ",".join("12345678")
     ts = f"# caf\xe9\n{TS}@data\n{row} : a\n{row}:b \n".encode("latin-1")
-    for split in ("TRAIN", "TEST"):
-        (tmp_path / f"Own_{split}.ts").write_bytes(ts)
+    rows(ts, "ts")(tmp_path)
     assert data.load("Own", tmp_path).classes == ["a", "b"]
     lines = [f"{label}\t" + row.replace(",", "\t") for label in (1234567890124, 1234567890123)]
     d = data.load("Own", table(tmp_path, "\ufeff" + "\n".join(lines), lines[0]))
@@ -1096,7 +1095,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "all NaN": (rows(GOOD_ROW + "2" + " NaN" * 8), OWN, 1, r"train series 2: 0 channels with any"),
     "short": (rows("1 1 2 3\n2 3 2 1\n"), OWN, 1, r"series of 3 samples; at least 8"),
     "unseen label": (rows("7 1 2 3 4 5 6 7 8\n" * 2), OWN, 1, r"labels \['1', '2'\] do not occur"),
-    "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv, line 1: 0 values"),
+    "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv: not a text file"),
     "ts label": (rows(TS + "@data\n1,2:c\n", "ts"), OWN, 1, r"line 4: label 'c' is not in @class"),
     "ts length": (rows(TS + "@seriesLength 9\n" + TWO_TS, "ts"), OWN, 1,
                   r"line 5: channels of 8 values, .* 1 of 9"),
@@ -1131,7 +1130,9 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "in the way": (arrays(), "train_stage1 --dataset own.npz --run run", 1,
                    r"stage1.pt exists; go on from it by --resume, or choose another --run"),
     "no run yet": (None, "train_stage2", 1, r"no runs/\*/stage1.pt here; train that stage first"),
-    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; train stage"),
+    "no such run": (None, "sample --run nowhere", 1, r"nowhere/stage1.pt: not there; run train_st"),
+    "no such stage": (None, "train_stage1 --run nowhere --resume", 1,
+                      r"nowhere/stage1.pt: not there, so nothing to --resume"),
     "epochs 0": (None, "train_stage1 --epochs 0", 2, "0 is not between 1 and inf"),
     "epochs ten": (None, "train_stage1 --epochs ten", 2, "invalid int value: 'ten'"),
     "batch 1": (None, "train_stage1 --batch-size 1", 2, "1 is not between 2"),
@@ -1185,8 +1186,8 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
-SPOILT_REASON = {"other stage": r".*\(of stage 1\)",
-                 "foreign, staged": r".*of stage 2, without \['arguments', 'epoch'"}
+SPOILT_REASON = {"other stage": r".*\(it is of stage 1\)",
+                 "foreign, staged": r".*it is of stage 2, without \['arguments', 'epoch'"}
 BAD |= {f"checkpoint: {name}, {command}": (
             stage2(spoil), command, 1,
             NOT_WHOLE + SPOILT_REASON.get(name, ""))

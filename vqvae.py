@@ -45,9 +45,10 @@ def istft(u, length, n_fft=8, hop=2):
     frames = torch.fft.irfft(torch.view_as_complex(parts), n_fft, dim=1) * window  # (BC,n_fft,W)
 
     def overlap_add(frames):
+        """(rows,n_fft,W) -> (rows,1,1,length), without the border that stft has reflected."""
         size = n_fft + hop * (frames.shape[-1] - 1)
-        x = F.fold(frames, (1, size), (1, n_fft), stride=(1, hop))  # (rows,1,1,size)
-        return x[..., n_fft // 2 :][..., :length]  # without the border that stft has reflected
+        x = F.fold(frames, (1, size), (1, n_fft), stride=(1, hop))
+        return x[..., n_fft // 2 :][..., :length]
 
     x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
     return rearrange(x, "(b c) 1 1 l -> b c l", b=len(u))
