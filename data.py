@@ -35,7 +35,6 @@ MIRRORS = (
     "https://timeseriesclassification.com/aeon-toolkit/{}.zip",
     "https://github.com/sktime/sktime-datasets/raw/main/TSC/{}.zip",
 )
-MIN_LENGTH = 8  # one STFT window
 
 
 class Dataset(NamedTuple):
@@ -61,7 +60,7 @@ def two_patterns(n, generator, L=128):
 
     A series holds two patterns, each `up` (-5 then +5) or `down` (+5 then -5), of independent
     length 16..32, flat, in place of a N(0,1) background; it is then z-normalised (ddof 1). Classes:
-    0 down-down, 1 up-down, 2 down-up, 3 up-up, where the first word is the first pattern.
+    0 down-down, 1 up-down, 2 down-up, 3 up-up (first pattern first); UCR's names are one higher.
     """
     y = torch.randint(4, (n,), generator=generator)
     l1, l2 = torch.randint(16, 33, (2, n), generator=generator)
@@ -298,8 +297,6 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
         raise ValueError(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
     train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
-    if L < MIN_LENGTH:
-        raise ValueError(f"{name}: series of {L} samples; at least {MIN_LENGTH} are needed")
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
     is_constant = np.ptp(x_train, (0, 2)) == 0
@@ -409,10 +406,8 @@ def run_flags(parser, trains):
 def begin(seed, device):
     """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
-        if issubclass(kind, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-        elif issubclass(kind, (ValueError, OSError)):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if issubclass(kind, (KeyboardInterrupt, ValueError, OSError)):
+            print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -520,11 +515,9 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"arguments", "flags", "log", "rng", "epoch"} - set(state)
-        if state["stage"] == stage and not missing:
+        if state["stage"] == stage and {"arguments", "flags", "log", "rng", "epoch"} <= set(state):
             return state
-        reason = f"it is of stage {state['stage']}"
-        reason += f", without {sorted(missing)}" if missing else ""
+        reason = f"it is of stage {state['stage']} and holds {sorted(state)}"
     except Exception as error:  # what an unpickler raises depends on the bytes
         reason = type(error).__name__
     raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
@@ -533,8 +526,7 @@ def load_checkpoint(path, stage):
 def resume(parser, args, path, stage):
     """The flags to go on with, and the checkpoint at `path` if --resume is given, else None.
 
-    Flags not given take the checkpoint's values; those given must agree with it. Without --resume
-    a checkpoint in the way is refused.
+    Flags not given take the checkpoint's values; those given must agree with it.
     """
     if not args.resume:
         if path.exists():
@@ -606,9 +598,7 @@ def report(run, part, metrics):
 
 
 def cost(began, n_steps, B, device):
-    """Figures of n_steps of B series since `began`: time and rate (if any step was taken), and peak
-    memory in MiB, of the GPU's allocator, or of the whole process on the CPU.
-    """
+    """Time and rate of n_steps of B series since `began`; peak MiB, on the CPU of the process."""
     unit = 1 if sys.platform == "darwin" else 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":

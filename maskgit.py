@@ -107,8 +107,8 @@ class MaskGIT(nn.Module):
 def guided(prior, y=None, scale=1.0):
     """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
 
-    Scale 1 (Ho and Salimans' 1 + w) is the class-conditional model itself, 0 the unconditional
-    one; above 1 the class shows more and variety less. Without y the model is unconditional.
+    scale, Ho and Salimans' 1 + w: 1 is the class-conditional model, 0 the unconditional one; above
+    1 the class shows more and variety less. Without y the model is unconditional.
     """
     def logits_fn(s_M):
         if y is None or scale == 1:
@@ -129,13 +129,13 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
            choice_temperature=8.0, n_revisions=0):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
-    Step t of T = n_steps draws every masked entry from its own distribution (softened by
-    temperature), scores each draw by its unsoftened log-probability plus Gumbel noise times
-    choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where n is the
-    number masked at first. Known entries stay; at least one entry is settled a step.
+    Step t of T = n_steps reads s_M^(t-1), draws every masked entry from its own distribution
+    (softened by temperature), scores each draw by its unsoftened log-probability plus Gumbel noise
+    times choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where n is
+    the number masked at first. Known entries stay; at least one entry is settled a step.
 
-    Each of n_revisions rounds after that masks the quarter of the n entries whose present token has
-    the lowest log-probability plus Gumbel noise, and refills it in three such steps. A heuristic:
+    Each of n_revisions rounds after that masks the n // 4 entries whose present token has the
+    lowest log-probability plus Gumbel noise, and refills them in three such steps. A heuristic:
     these logits are read at known entries, where the training loss is never taken.
 
     Returns s_M, then the canvas after each step and each revision, (1 + n_steps + n_revisions,B,N);
@@ -150,7 +150,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1)
         drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
         score = log_p.gather(2, drawn[..., None])[..., 0]
-        # NOTE(differs): MaskGIT has 4.5; less noise keeps only probable draws, a hidden temperature
+        # NOTE(differs): MaskGIT has 4.5; with less noise only probable draws are kept, which works
+        # like a lower temperature
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
         n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # so that 7.9999999 counts as 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)

@@ -38,8 +38,8 @@ def flags():
     parser = argparse.ArgumentParser(description="Generate series from a trained run.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series (default 1000)")
-    add("--label", default="all", help="a class of the data set; all: each as often as in training "
-        "(default); none: unconditional")
+    add("--label", default="all", help="a class; all: drawn as in training; none: unconditional "
+        "(default all)")
     add("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
     add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
@@ -57,8 +57,7 @@ def flags():
         help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
     add("--noise", type=data.number(float, 0), default=1.0,
-        help="Gaussian noise of this many times the decoder's deviation is added to x^ (default 1; "
-        "published 0)")
+        help="Gaussian noise on x^, in units of the decoder's deviation (default 1; published 0)")
     return data.run_flags(parser, trains=False)
 
 
@@ -77,13 +76,12 @@ def uniform(s_M, K):
 
 
 def generate(vqvae, prior, y, s_M, args):
-    """Decode s_M (B,N) under labels y (B) or None -> s (B,N), x (B,C,L), row 0's canvases."""
+    """s_M (B,N) decoded under labels y (B) or None -> s (B,N), x (B,C,L), canvases of row 0."""
     parts, K = [], len(vqvae.quantiser.codes)
     B = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
     for i in tqdm(range(0, len(s_M), B), desc="decoding", leave=False):
-        logits_fn = partial(uniform, K=K)
-        if prior is not None:
-            logits_fn = guided(prior, None if y is None else y[i : i + B], args.guidance)
+        labels = None if y is None else y[i : i + B]
+        logits_fn = guided(prior, labels, args.guidance) if prior else partial(uniform, K=K)
         canvases = decode(logits_fn, s_M[i : i + B], K, args.steps, args.schedule,
                           args.temperature, args.choice_temperature, args.revisions)
         x = vqvae.detokenise(canvases[-1], args.noise)
@@ -117,8 +115,8 @@ def train_fcn(x, y, n_classes, n_steps, name):
 def frechet_distance(a, b):
     """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
 
-    (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the sum of the singular values of
-    R_a R_b^T: real, also where features are rank-deficient.
+    (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the nuclear norm of R_a R_b^T: real,
+    also where features are rank-deficient.
     """
     a, b = a.double(), b.double()
     R_a, R_b = (torch.linalg.qr(v - v.mean(0), mode="r").R / (len(v) - 1) ** 0.5 for v in (a, b))
@@ -143,11 +141,10 @@ def nearest_distance(x, x_train):
 def evaluate(vqvae, d, x, y, args):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
-    The real row is the best there is: FID of one half of the test split from the other, inception
-    score of the test split, accuracy of a classifier trained on the training split. The second row
-    is the best that the tokens allow: reconstructed test split; classifier trained on the
-    reconstructed training split. novelty: distance of generated series to their nearest training
-    series over the same of the reconstructed test split (1 as new as that, 0 copies).
+    real: FID of one half of the test split from the other (fewer series, so no lower bound), CAS of
+    the training split. reconstructed: what the tokens allow, of both splits reconstructed.
+    novelty: mean distance of generated series to their nearest training series over that of the
+    reconstructed test split (1 as new as these, 0 copies).
     """
     def reconstruct(rows):
         return vqvae.detokenise(vqvae.tokenise(rows), args.noise)

@@ -8,9 +8,8 @@
     projector              Y (B,D) -> Z (B,F)
 
 Each loss takes two projections Z1, Z2 (B,F) of two views of the same series and returns its
-weighted terms by name; the loss is their sum. All arithmetic is fp32, also under autocast, where
-squares of correlations would drown in half precision (double stays double). Batch statistics need
-B >= 2.
+weighted terms by name; the loss is their sum. Losses and IterNorm leave autocast and compute in
+fp32 (float64 stays), as squares of correlations drown in half precision. They need B >= 2.
 
 Papers: Zbontar et al. 2021 (Barlow Twins), Bardes et al. 2022 (VICReg), Lee and Aune 2021
 (VIbCReg, which the thesis calls VbCReg), Huang et al. 2019 (IterNorm).
@@ -32,17 +31,17 @@ def full_precision(*tensors):
         yield [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-def off_diagonal_squares(A, B):
-    """sum_{i != j} C_ij^2 of C = A^T B, for A, B (rows,F), without the F x F matrix if rows < F.
+def off_diagonal_squares(U, V):
+    """sum_{i != j} C_ij^2 of C = U^T V, for U, V (B,F), without the F x F matrix if B < F.
 
-    ||A^T B||^2 = tr(B^T A A^T B) = sum((A A^T) * (B B^T)), two rows x rows matrices: exact, and at
-    128 rows and F 4096 it is 16 times less work and 512 times less memory. The squared diagonal
-    C_ii = sum_b A_bi B_bi is then taken off.
+    ||U^T V||^2 = tr(V^T U U^T V) = sum((U U^T) * (V V^T)), two B x B matrices: exact, and at B 128
+    and F 4096 it is 16 times less work and 512 times less memory. The squared diagonal
+    C_ii = sum_b U_bi V_bi is then taken off.
     """
-    if len(A) >= A.shape[1]:
-        return (A.T @ B).square().fill_diagonal_(0).sum()
+    if len(U) >= U.shape[1]:
+        return (U.T @ V).square().fill_diagonal_(0).sum()
     # NOTE(differs): public code forms the F x F matrix
-    return ((A @ A.T) * (B @ B.T)).sum() - (A * B).sum(0).square().sum()
+    return ((U @ U.T) * (V @ V.T)).sum() - (U * V).sum(0).square().sum()
 
 
 def barlow_twins(Z1, Z2, lambd=0.005):
@@ -80,10 +79,7 @@ def expressiveness(Z, gamma=1.0, eps=1e-4):
 
 
 def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
-    """VICReg: similarity, variance of both views, covariance (off-diagonal squares / F) of both.
-
-    Weights as in its paper.
-    """
+    """VICReg, weighted as in its paper. Covariance: sum_{i != j} Cov_ij^2 / F of each view."""
     with full_precision(Z1, Z2) as (Z1, Z2):
         B, F = Z1.shape
         centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
@@ -95,22 +91,19 @@ def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
 
 
 def decorrelation(Z):
-    """FD or covariance term of C, eq. (2): sum_{i != j} C_ij^2 / F^2. Z (B,F) -> [0,1).
+    """FD: sum_{i != j} C_ij^2 / F^2 (VIbCReg's) of C(Z), eq. (2). Z (B,F) -> [0,1).
 
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.
     """
-    # NOTE(differs): the text lacks the 1/B in Zbar, and its factor 1/(B-1) belongs to a covariance,
-    # not to columns that are normalised already
+    # NOTE(differs): the text lacks the 1/B in Zbar; its norm is of the whole matrix as printed, and
+    # 1/(B-1) belongs to a covariance, not to columns that are normalised already
     U = nn.functional.normalize(Z - Z.mean(0), dim=0)
     return off_diagonal_squares(U, U) / Z.shape[1] ** 2
 
 
 def vbcreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=100.0):
-    """VbCReg (thesis 0.3.2): similarity, FcE and FD of projections that end in IterNorm.
-
-    Weights as in the follow-up (NC-VQVAE, arXiv 2408.16613).
-    """
+    """VbCReg (thesis 0.3.2), weighted as in the follow-up (NC-VQVAE, arXiv 2408.16613)."""
     with full_precision(Z1, Z2) as (Z1, Z2):
         return {
             "similarity": sim_weight * similarity(Z1, Z2),
@@ -142,20 +135,18 @@ class IterNorm(nn.Module):
 
     def whitening(self, centred):
         """Inverse square root of each group's covariance: (G,d,B) -> (G,d,d)."""
-        G, d, B = centred.shape
-        identity = torch.eye(d, dtype=centred.dtype, device=centred.device)
+        _, d, B = centred.shape
+        P = identity = torch.eye(d, dtype=centred.dtype, device=centred.device)
         covariance = centred @ centred.mT / B + self.eps * identity
         trace = covariance.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
         S = covariance / trace
-        P = identity.expand(G, d, d)
         for _ in range(self.T):
             P = 1.5 * P - 0.5 * (P @ P @ P) @ S
         return P / trace.sqrt()
 
     def forward(self, Z):
         with full_precision(Z) as (Z,):
-            G, d, _ = self.running_mean.shape
-            groups = Z.T.reshape(G, d, len(Z))
+            groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
             if self.training:
                 mean = groups.mean(-1, keepdim=True)
                 P = self.whitening(groups - mean)

@@ -1093,7 +1093,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "empty": (rows(""), OWN, 1, r"Own: 0 training, 2 test series"),
     "one row": (rows(GOOD_ROW), OWN, 1, r"Own: 1 training, 2 test series; needs 2"),
     "all NaN": (rows(GOOD_ROW + "2" + " NaN" * 8), OWN, 1, r"train series 2: 0 channels with any"),
-    "short": (rows("1 1 2 3\n2 3 2 1\n"), OWN, 1, r"series of 3 samples; at least 8"),
+    "short": (rows("1 1 2 3\n2 3 2 1\n"), OWN, 1, r"series of length 3: at least 8 samples"),
     "unseen label": (rows("7 1 2 3 4 5 6 7 8\n" * 2), OWN, 1, r"labels \['1', '2'\] do not occur"),
     "binary": (rows(b"\xff\xfe\x00\x81"), OWN, 1, r"TRAIN.tsv: not a text file"),
     "ts label": (rows(TS + "@data\n1,2:c\n", "ts"), OWN, 1, r"line 4: label 'c' is not in @class"),
@@ -1117,12 +1117,12 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "array type": (arrays(X.astype(str)), NPZ, 1, r"x_train must be finite numbers"),
     "infinite array": (arrays(X + np.inf), NPZ, 1, r"x_train must be finite numbers"),
     "no test rows": (arrays(x_test=X[:0]), NPZ, 1, r"own.npz: 4 training, 0 test series"),
-    "no samples": (arrays(X[:, :0]), NPZ, 1, r"series of 0 samples"),
+    "no samples": (arrays(X[:, :0]), NPZ, 1, r"train series 1: 0 channels with any"),
     "half the labels": (arrays(y_train=X[:, 0]), NPZ, 1, r"labels of one split only"),
     "array labels": (arrays(y_train=X[0], y_test=X[:, 0]), NPZ, 1, r"y_train has shape \(10,\)"),
     "array channels": (arrays(x_test=X.reshape(4, 2, 5)), NPZ, 1, r"test series 1: 2 channels"),
     "objects": (arrays(np.array([X, "a"], object)), NPZ, 1, r"not an .npz of plain arrays"),
-    "all missing": (arrays(X * np.nan), NPZ, 1, r"series of 0 samples"),
+    "all missing": (arrays(X * np.nan), NPZ, 1, r"train series 1: 0 channels with any"),
     "no array file": (None, NPZ, 1, r"No such file or directory: 'own.npz'"),
     "npy": (lambda folder: np.save(open(folder / "own.npz", "wb"), X), NPZ, 1, r"not an .npz of"),
     "npz of text": (lambda folder: (folder / "own.npz").write_text("x"), NPZ, 1, r"not an .npz"),
@@ -1186,8 +1186,8 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
-SPOILT_REASON = {"other stage": r".*\(it is of stage 1\)",
-                 "foreign, staged": r".*it is of stage 2, without \['arguments', 'epoch'"}
+SPOILT_REASON = {"other stage": r".*\(it is of stage 1 and",
+                 "foreign, staged": r".*it is of stage 2 and holds \['stage'\]"}
 BAD |= {f"checkpoint: {name}, {command}": (
             stage2(spoil), command, 1,
             NOT_WHOLE + SPOILT_REASON.get(name, ""))

@@ -43,13 +43,11 @@ def flags():
         default=["window_warp", "amplitude_resize"],
         help="views are made by these in turn (default window_warp amplitude_resize)")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="x itself is shifted in training by up to this many columns of the token grid "
-        "(default 0.25; published 0)")
+        help="in training shift x by up to this many columns (default 0.25; published 0)")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K (default 32)")
     add("--token-noise", type=data.number(float, 0, 1), default=0.2,
-        help="in training, in three rows of four, each token is replaced before decoding with a "
-        "probability up to this (default 0.2; published 0)")
+        help="highest probability that the decoder sees a random token (default 0.2; published 0)")
     add = parser.add_argument_group("SSL").add_argument
     add("--ssl", choices=SSL_WEIGHTS, default="vbcreg", type=lambda s: s.replace("vib", "vb"),
         help="loss on the two views; vibcreg is another name of vbcreg (default vbcreg)")
@@ -88,18 +86,14 @@ def deviation_loss(error, log_deviation):
     """error = |x - x^| and log_deviation, log d, (B,C,L) -> scalar.
 
     Laplace negative log-likelihood with scale sqrt(2/pi) d, less a constant: lowest at
-    d = sqrt(pi/2) E(error). For Gaussian errors that is their standard deviation. For errors that
-    are rare and large, as at edges, it is much smaller, so that less noise is drawn there.
+    d = sqrt(pi/2) E(error). For Gaussian errors that is their standard deviation. Where errors are
+    rare and large, as at edges, d stays well below it, so that less noise is drawn there.
     """
     return (log_deviation + math.sqrt(math.pi / 2) * error / log_deviation.exp()).mean()
 
 
 def stage1_losses(model, project, x, args):
-    """All weighted loss terms of a batch x (B,C,L) by name; the loss is their sum. Also s (B,N).
-
-    With two views Y1 is of the first's z_q, Y2 of the second's z, and the second is the one that is
-    decoded; with one view Y1 is of x itself.
-    """
+    """Weighted loss terms by name of a batch x (B,C,L), whose sum is the loss, and s (B,N)."""
     # NOTE(differs): neither the thesis nor the follow-up shifts x; --shift 0 is theirs
     most, B = int(args.shift * model.stride), len(x)
     x = data.time_shift(x, torch.randint(-most, most + 1, (B, 1), device=x.device))
@@ -107,7 +101,8 @@ def stage1_losses(model, project, x, args):
     # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
     views = [data.augment(x, args.augment) for _ in range(n_views)]
     z = model.encode(torch.cat([x, *views]))  # (B (1 + n_views),D,H',W')
-    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])  # the last view stays continuous
+    # z: of x and of the first of two views; z_view: of the last view, which stays continuous
+    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
     z_q, s, commitment = model.quantiser(z)
     n_clean = B // 4 + 1  # rows whose tokens stay: the deviation is from x^ of these
     z_replaced = replace_tokens(model, z_q[n_clean:B], s[n_clean:B], args.token_noise)
@@ -123,6 +118,7 @@ def stage1_losses(model, project, x, args):
         # straight-through: Y1's gradient passes to z unchanged, and the codes follow z
         # NOTE(differs): average alone, the follow-up has the maximum beside it
         # NOTE(differs): Y and Y' alike in the text; here, as in the follow-up, Y1 from the codes
+        # Y1 is of x, or of the first of two views
         Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
         # two calls: the projector's batch norm sees one branch at a time
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
@@ -169,9 +165,7 @@ def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
 
 
 def evaluate(model, d, K):
-    """Figures of the code book on the test split, and how often the training split uses each code.
-
-    (train_mse is of the training split, whose tokens are all kept here.)
+    """Figures of the test split (train_mse: of training), and the training split's code counts (K).
 
     Both probes learn on the training split's average-pooled z_q, scaled to [-1,1] by it.
     """

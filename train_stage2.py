@@ -30,8 +30,7 @@ def flags():
     parser = argparse.ArgumentParser(description="Train the prior over tokens (stage 2).")
     add = parser.add_argument_group("data").add_argument
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="the prior also learns series shifted by up to this many columns of the token grid, "
-        "and is told by how much (default 0.25; published 0)")
+        help="learn series shifted by up to this many columns, too (default 0.25; published 0)")
     add("--token-temperature", type=data.number(float, 0), default=0.0,
         help="t > 0 draws tokens anew each epoch from softmax(-distance/t) (default 0: nearest)")
     add = parser.add_argument_group("model").add_argument
@@ -46,7 +45,7 @@ def flags():
 
 
 def even_shifts(most):
-    """Shifts from about -most to most samples, evenly spaced around 0 and no more than 15."""
+    """At most 15 shifts, in samples, evenly spaced around 0 within -most..most."""
     step = max(1, most // 4)
     return range(-(most // step) * step, most + 1, step)
 
@@ -93,7 +92,7 @@ if __name__ == "__main__":
     n = len(d.x_train)
     n_steps = math.ceil(n / args.batch_size)
 
-    def look(x):
+    def tokens_or_distances(x):
         """s (B,N) of x, or with a temperature the distances (B,N,K) that s is drawn from."""
         distance = vqvae.quantiser.distances(vqvae.encode(x))
         return distance if args.token_temperature > 0 else distance.argmin(-1)
@@ -101,13 +100,14 @@ if __name__ == "__main__":
     # NOTE(differs): shifted series too, else the prior learns the training series by heart; it is
     # told the shift, so that it draws series as they are
     shifts = even_shifts(int(args.shift * vqvae.stride))
-    seen = torch.stack([data.in_batches(look, data.time_shift(d.x_train, by)) for by in shifts])
+    of_shift = torch.stack([  # (shifts,n,N) or (shifts,n,N,K)
+        data.in_batches(tokens_or_distances, data.time_shift(d.x_train, by)) for by in shifts])
 
     arguments = dict(K=K, N=N, n_classes=len(d.classes), n_shifts=len(shifts))
     prior = MaskGIT(**arguments).to(device)
     # NOTE(differs): smaller batches, one cycle of the rate, and Muon for every matrix of the layers
     matrices = [w for w in prior.layers.parameters() if w.ndim == 2]
-    others = [w for w in prior.parameters() if all(w is not matrix for matrix in matrices)]
+    others = [w for w in prior.parameters() if not any(w is matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
     schedules = [data.one_cycle(optimiser, args.epochs * n_steps) for optimiser in (muon, adamw)]
@@ -120,7 +120,7 @@ if __name__ == "__main__":
     for epoch in data.epochs(run, parts, vars(args), log, constants):
         losses = []
         shift = torch.randint(len(shifts), (n,), device=device)  # one for each series
-        s_train = seen[shift, torch.arange(n, device=device)]
+        s_train = of_shift[shift, torch.arange(n, device=device)]
         if args.token_temperature > 0:
             s_train = draw_tokens(s_train, args.token_temperature)
         for rows in torch.randperm(n, device=device).split(args.batch_size):

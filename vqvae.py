@@ -1,11 +1,11 @@
-"""VQ-VAE on the time-frequency plane of a series (thesis 0 and 0.1; stage 1).
+"""VQ-VAE on the time-frequency plane of a series (stage 1; thesis 0 and 0.1).
 
     stft, istft        x (B,C,L) <-> u (B,2C,H,W)
     ResidualBlock      the unit of encoder and decoder
     VectorQuantiser    z -> z_q and s, codes learned by exponential moving average
     VQVAE              all of it: encode, decode, tokenise, detokenise
 
-Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE and, in its
+Papers, the last of which fills the empty heading 0.1: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE and, in its
 appendix A.1, the moving-average code book); Lee et al. 2023, "Vector Quantized Time Series
 Generation with a Bidirectional Prior Model" (TimeVQVAE).
 
@@ -189,8 +189,8 @@ class VQVAE(nn.Module):
     def decode(self, z_q):
         """z_q or z (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_deviation (B,C,L) of x from x^."""
         u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
-        # mean over bins, then the frames stretched over L; the deviation is at least .011
-        # NOTE(differs): other decoders give x^ alone
+        # NOTE(differs): other decoders give x^ alone; this one the mean over bins, frames stretched
+        # over L, and at least exp(-4.5) = .011
         log_deviation = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
         return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_deviation.clamp_min(-4.5)
 
@@ -199,6 +199,6 @@ class VQVAE(nn.Module):
         return self.quantiser.distances(self.encode(x)).argmin(-1)
 
     def detokenise(self, s, noise=0.0):
-        """s (B,N) -> x^ + noise * deviation * N(0,1), (B,C,L): noise 1 draws x. Eval mode."""
+        """s (B,N) -> x^ + noise * deviation * N(0,1), (B,C,L). Call in eval mode."""
         x_hat, _, log_deviation = self.decode(self.quantiser.lookup(s, self.grid))
         return x_hat + noise * log_deviation.exp() * torch.randn_like(x_hat)
