@@ -643,8 +643,10 @@ def test_ts_and_txt_are_the_same_set(tmp_path):
 
 
 def table(folder, train, test="1 0 0 1 1 2 2 3 3\n2 1 0 2 1 4 2 5 3\n", ending="tsv"):
-    for split, text in (("TRAIN", train), ("TEST", test)):
-        (folder / f"Own_{split}.{ending}").write_text(text)
+    """The set Own of these two files, texts or bytes, in `folder`."""
+    for split, content in (("TRAIN", train), ("TEST", test)):
+        content = content if isinstance(content, bytes) else content.encode()
+        (folder / f"Own_{split}.{ending}").write_bytes(content)
     return folder
 
 
@@ -1058,12 +1060,8 @@ X = np.arange(40.0).reshape(4, 10)
 
 def rows(train, ending="tsv"):
     """A preparation: the set Own with this training file and a good test file."""
-    def prepare(folder):
-        train_bytes = train if isinstance(train, bytes) else train.encode()
-        (folder / f"Own_TRAIN.{ending}").write_bytes(train_bytes)
-        good = TS + TWO_TS if ending == "ts" else GOOD_ROW + "2" + GOOD_ROW[1:]
-        (folder / f"Own_TEST.{ending}").write_text(good)
-    return prepare
+    good = TS + TWO_TS if ending == "ts" else GOOD_ROW + "2" + GOOD_ROW[1:]
+    return lambda folder: table(folder, train, good, ending)
 
 
 def arrays(x_train=X, x_test=X, **others):
