@@ -131,7 +131,7 @@ def read_ts(path):
     for i, line in numbered_lines(path):
         where = f"{path}, line {i}"
         if line.startswith("@"):
-            key, *values = [*line[1:].lower().split(), ""]
+            key, *values = [*line[1:].lower().split(), "", ""]
             says[key] = values[0]
             names = line.split()[2:] if key == "classlabel" else names
             continue
@@ -168,8 +168,6 @@ def read_npz(path):
         raise
     except Exception:  # what NumPy raises depends on the bytes
         raise ValueError(f"{path}: not an .npz of plain arrays (objects are not read)") from None
-    if ("y_train" in arrays) != ("y_test" in arrays):
-        raise ValueError(f"{path}: labels of one split only; it holds {sorted(arrays)}")
     splits = []
     for split in ("train", "test"):
         x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
@@ -260,13 +258,17 @@ def to_array(series, split, C, L):
 def encode_labels(train, test):
     """Label strings -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
 
-    Nothing ([], None, None) where a split has no labels. ValueError when the test split holds a
-    label that training has not seen.
+    ([], None, None) where there are no labels. ValueError when one split has none, one is missing,
+    or the test split holds a label that training has not seen.
     """
-    if not train or not test:
+    if train is test is None:
         return [], None, None
+    if train is None or test is None:
+        raise ValueError("labels of one split only; give them for both splits or for neither")
+    if any(label.lower() in ("nan", "?") for label in train + test):
+        raise ValueError("a label is missing (NaN or ?); complete or remove that series")
     try:
-        train, test = ([repr(float(v)).removesuffix(".0") for v in y] for y in (train, test))
+        train, test = ([repr(float(v) + 0.0).removesuffix(".0") for v in y] for y in (train, test))
         classes = sorted(set(train), key=float)
     except ValueError:
         classes = sorted(set(train))
@@ -298,8 +300,10 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
+    if max(np.abs(x_train).max(), np.abs(x_test).max()) > 1e37:
+        raise ValueError(f"{name}: values beyond 1e37, near where fp32 ends; rescale the data")
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-    is_constant = np.ptp(x_train, (0, 2)) == 0
+    is_constant = (np.ptp(x_train, (0, 2)) == 0) | (std[:, 0] < 1e-37)
     if is_constant.any():
         print(f"{is_constant.sum()} constant channels, which stay constant")
         std[is_constant] = 1
@@ -406,12 +410,14 @@ def run_flags(parser, trains):
 def begin(seed, device):
     """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
-        if issubclass(kind, (KeyboardInterrupt, ValueError, OSError)):
-            print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        text = " ".join(str(error).split()) or "interrupted; a trained stage goes on by --resume"
+        if issubclass(kind, (KeyboardInterrupt, ValueError, OSError)) or "memory" in text:
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = one_line
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: no CUDA device here; use --device cpu")
@@ -501,9 +507,10 @@ def epochs(run, parts, flags, log, constants):
     for epoch in tqdm(range(len(log), last), initial=len(log), total=last):
         yield epoch
         write_log(run / f"{name}.jsonl", log)
-        if received or len(log) % flags["save_every"] == 0 or len(log) == last:
+        stop = bool(received)  # read once: a signal may come between two looks
+        if stop or len(log) % flags["save_every"] == 0 or len(log) == last:
             save(run / f"{name}.pt", parts, flags, log, constants)
-        if received:
+        if stop:
             sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -515,7 +522,9 @@ def load_checkpoint(path, stage):
         raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["stage"] == stage and {"arguments", "flags", "log", "rng", "epoch"} <= set(state):
+        expected = {"arguments", "flags", "log", "rng", "epoch"}
+        expected |= {"model", "shape"} if stage == 1 else {"prior", "codes"}
+        if state["stage"] == stage and expected <= set(state):
             return state
         reason = f"it is of stage {state['stage']} and holds {sorted(state)}"
     except Exception as error:  # what an unpickler raises depends on the bytes
@@ -547,12 +556,18 @@ def resume(parser, args, path, stage):
 
 
 def restore(state, parts):
-    """Load a checkpoint (or None) into parts and the random state -> its log, a record an epoch."""
+    """Load a checkpoint (or None) into parts and the random state -> its log, a record an epoch.
+
+    ValueError if it does not fit.
+    """
     if state is None:
         return []
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+    except (KeyError, RuntimeError, TypeError):
+        raise ValueError("the checkpoint does not fit the script here; start again") from None
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
     return state["log"]
@@ -560,10 +575,10 @@ def restore(state, parts):
 
 def rebuild(kind, arguments, weights, device):
     """The model of a checkpoint, frozen and in eval mode. ValueError if the weights do not fit."""
-    model = kind(**arguments).to(device)
     try:
+        model = kind(**arguments).to(device)
         model.load_state_dict(weights)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"a checkpoint's weights do not fit the {kind.__name__} here") from None
     return model.eval().requires_grad_(False)
 
@@ -590,9 +605,12 @@ def load_again(stage1, device):
 def report(run, part, metrics):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if part.startswith("stage"):  # a resumed stage that had nothing left to do keeps its times
-        metrics = known.get(part, {}) | metrics
+    try:
+        known = dict(json.loads(path.read_text())) if path.exists() else {}
+        if part.startswith("stage"):  # a resumed stage that had nothing left to do keeps its times
+            metrics = known.get(part, {}) | metrics
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: not figures of these scripts; move it away") from None
     write(path, json.dumps(known | {part: metrics}, indent=2).encode())
     print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 

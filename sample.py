@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import style
+from matplotlib import rcParams, style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from maskgit import SCHEDULES, MaskGIT, decode, guided
 from vqvae import VQVAE
 
 style.use("tableau-colorblind10")
+rcParams["text.parse_math"] = False  # a class may be called $
 
 N_FILLINGS = 10  # of each series to impute
 
@@ -53,10 +54,11 @@ def flags():
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=8.0,
         help="of the order in which entries are settled (default 8; MaskGIT 4.5)")
-    add("--revisions", type=data.number(int, 0), default=8,
+    add("--revisions", type=data.number(int, 0, 100), default=8,
         help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
-    add("--guidance", type=data.number(float, 0), default=1.0, help="scale; 1 is none (default 1)")
-    add("--noise", type=data.number(float, 0), default=1.0,
+    add("--guidance", type=data.number(float, 0, 100), default=1.0,
+        help="scale; 1 is none (default 1)")
+    add("--noise", type=data.number(float, 0, 100), default=1.0,
         help="Gaussian noise on x^, in units of the decoder's deviation (default 1; published 0)")
     return data.run_flags(parser, trains=False)
 
@@ -85,7 +87,7 @@ def generate(vqvae, prior, y, s_M, args):
         canvases = decode(logits_fn, s_M[i : i + B], K, args.steps, args.schedule,
                           args.temperature, args.choice_temperature, args.revisions)
         x = vqvae.detokenise(canvases[-1], args.noise)
-        parts.append((canvases[-1], x, canvases[:, 0]))
+        parts.append((canvases[-1].clone(), x, canvases[:, 0].clone()))  # the rest is let go
     s, x, canvases = zip(*parts)
     return torch.cat(s), torch.cat(x), canvases[0]
 
@@ -171,8 +173,8 @@ def evaluate(vqvae, d, x, y, args):
 
 
 def draw_samples(run, d, x, y):
-    """Real series (upper rows) above generated ones, the same axes, one column a class."""
-    columns = range(len(d.classes)) if y is not None else [None]
+    """Real series above generated ones, the same axes, a column for each of 10 classes."""
+    columns = range(len(d.classes[:10])) if y is not None else [None]
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
     for column, c in enumerate(columns):
@@ -278,6 +280,8 @@ if __name__ == "__main__":
         parser.error("--impute takes a part of the series, and neither --label nor --evaluate")
     if args.prior == "uniform" and (args.evaluate or args.label not in ("all", "none")):
         parser.error("--prior uniform knows no classes: neither --label nor --evaluate")
+    if args.guidance != 1 and (prior is None or args.impute or args.label == "none"):
+        parser.error("--guidance works by labels; here none is used")
     if args.evaluate and (args.label != "all" or not d.classes or min(args.n, len(d.x_test)) < 4):
         parser.error("--evaluate needs labels and at least 4 series, of all classes, and 4 to test")
 

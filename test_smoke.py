@@ -1041,6 +1041,23 @@ def test_stages_that_do_not_belong_together(finished, small, tmp_path, capsys):
     refused(capsys, "stage1.pt has changed since", "train_stage2", "--run", run, "--resume")
 
 
+def test_damaged_figures_are_named_and_the_rest_is_there(finished, tmp_path, capsys):
+    run = copy(finished, tmp_path)
+    for text in ("{", "[1]", '{"stage2": "x"}'):
+        (run / "metrics.json").write_text(text)
+        refused(capsys, "metrics.json: not figures of", "train_stage2", "--run", run, "--resume")
+
+
+def test_many_classes_and_odd_names(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(30, 16)), [f"$\\frac{{{i}$" for i in range(15)] * 2
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    run = tmp_path / "run"
+    script("train_stage1", "--dataset", tmp_path / "own.npz", "--run", run, *TINY1)
+    script("train_stage2", "--run", run, *TINY2)
+    script("sample", "--run", run, "--n", 30)
+    assert STAGE1_FILES | SAMPLE_FILES < {path.name for path in run.iterdir()}
+
+
 def test_newest_run(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("old", "new")):
@@ -1121,6 +1138,11 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "array channels": (arrays(x_test=X.reshape(4, 2, 5)), NPZ, 1, r"test series 1: 2 channels"),
     "objects": (arrays(np.array([X, "a"], object)), NPZ, 1, r"not an .npz of plain arrays"),
     "all missing": (arrays(X * np.nan), NPZ, 1, r"train series 1: 0 channels with any"),
+    "ts half": (lambda folder: table(folder, TS + TWO_TS, re.sub(":[ab]", "", TWO_TS), "ts"),
+                OWN, 1, r"labels of one split only"),
+    "NaN label": (rows(GOOD_ROW + "NaN" + GOOD_ROW[1:]), OWN, 1, r"a label is missing"),
+    "beyond fp32": (arrays(X * 1e39), NPZ, 1, r"own.npz: values beyond 1e37"),
+    "ts bare @": (rows("@\n" + TS + "@data\n1,2:c\n", "ts"), OWN, 1, r"line 5: label 'c'"),
     "no array file": (None, NPZ, 1, r"No such file or directory: 'own.npz'"),
     "npy": (lambda folder: np.save(open(folder / "own.npz", "wb"), X), NPZ, 1, r"not an .npz of"),
     "npz of text": (lambda folder: (folder / "own.npz").write_text("x"), NPZ, 1, r"not an .npz"),
@@ -1164,6 +1186,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "one label": (None, "sample --run run --label 1 --evaluate", 2, "--evaluate needs labels"),
     "too few": (None, "sample --run run --n 3 --evaluate", 2, "--evaluate needs labels and at"),
     "no classes": (None, "sample --run run --prior uniform --label 1", 2, "uniform knows no class"),
+    "guidance of none": (None, "sample --run run --label none --guidance 2", 2, "works by labels"),
     "impute 9": (None, "sample --impute 9", 2, "invalid stretch value: '9'"),
     "impute back": (None, "sample --impute 20:10", 2, "START must be below END"),
     "impute past": (None, "sample --run run --impute 20:33", 2, "ends at 33, but .* 32 samples"),
@@ -1180,15 +1203,17 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "foreign, staged": lambda path: torch.save({"stage": 2}, path),
     "a list": lambda path: torch.save([torch.ones(3)], path),
     "other stage": lambda path: shutil.copy(path.parent / "stage1.pt", path),
+    "misfit": lambda path: torch.save(torch.load(path) | {"prior": {}, "arguments": {}}, path),
     "hostile": lambda path: torch.save(Hostile(), path),
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
+MISFIT = "a checkpoint's weights do not fit the MaskGIT|the checkpoint does not fit the script"
 SPOILT_REASON = {"other stage": r".*\(it is of stage 1 and",
                  "foreign, staged": r".*it is of stage 2 and holds \['stage'\]"}
 BAD |= {f"checkpoint: {name}, {command}": (
             stage2(spoil), command, 1,
-            NOT_WHOLE + SPOILT_REASON.get(name, ""))
+            MISFIT if name == "misfit" else NOT_WHOLE + SPOILT_REASON.get(name, ""))
         for name, spoil in SPOILT.items()
         for command in ("sample --run run", "train_stage2 --run run --resume")}
 
@@ -1245,7 +1270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, capsys):
         data.finite_means(losses, ["mse_x", "mse_u"], 2, "run")
     with np.load(small) as arrays:
         arrays = dict(arrays)
-    arrays["x_train"][3] = 1e38  # overflows where it is squared
+    arrays["x_train"][3] = 1e36  # overflows where it is squared
     arrays["x_train"][4:] = arrays["x_train"][4:] * 0
     np.savez(tmp_path / "huge.npz", **arrays)
     script("train_stage1", "--dataset", tmp_path / "huge.npz", "--run", tmp_path / "a", *TINY1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import style
+from matplotlib import rcParams, style
 from matplotlib.figure import Figure
 
 import data
@@ -25,6 +25,7 @@ from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
 
 style.use("tableau-colorblind10")
+rcParams["text.parse_math"] = False  # a class may be called $
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
@@ -60,7 +61,7 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=120, help="default 120; published 1000")
-    add("--batch-size", type=data.number(int, 2), default=64,
+    add("--batch-size", type=data.number(int, 2, 10**6), default=64,
         help="B, at most; batch sizes of an epoch differ by one (default 64; published 128)")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest of AdamW's one-cycle schedule (default 5e-3; published 1e-3)")
@@ -187,8 +188,8 @@ def evaluate(model, d, K):
 
 
 def draw_reconstructions(run, model, d):
-    """One row a class, originals in grey behind their reconstructions; train left, test right."""
-    rows = max(1, len(d.classes))
+    """A row for each of 10 classes, x in grey behind its reconstruction; train left, test right."""
+    rows = min(10, max(1, len(d.classes)))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
     splits = ("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test)
@@ -250,7 +251,8 @@ def draw_classes(run, model, d, title):
     for c, name in enumerate(d.classes):
         axis.scatter(*plane[y == c].T.numpy(), s=8, label=f"class {name}", marker="osD^vP*X"[c % 8])
     axis.set(xlabel="first component", ylabel="second component", title=title)
-    axis.legend(fontsize=7)
+    if len(d.classes) <= 10:
+        axis.legend(fontsize=7)
     data.write(run / "classes.png", axis.figure.savefig)
 
 

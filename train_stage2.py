@@ -38,7 +38,7 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=280, help="default 280; published 1000")
-    add("--batch-size", type=data.number(int, 1), default=64, help="B (default 64)")
+    add("--batch-size", type=data.number(int, 1, 10**6), default=64, help="B (default 64)")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest of the one-cycle schedules (default 5e-3; published 1e-3)")
     return data.run_flags(parser, trains=True)

@@ -5,9 +5,9 @@
     VectorQuantiser    z -> z_q and s, codes learned by exponential moving average
     VQVAE              all of it: encode, decode, tokenise, detokenise
 
-Papers, the last of which fills the empty heading 0.1: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE and, in its
+Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE and, in its
 appendix A.1, the moving-average code book); Lee et al. 2023, "Vector Quantized Time Series
-Generation with a Bidirectional Prior Model" (TimeVQVAE).
+Generation with a Bidirectional Prior Model" (TimeVQVAE, which fills the empty heading 0.1).
 
 Notation: B batch, C channels, L series length, H x W STFT bins x frames, H' x W' latent grid,
 N = H'W' tokens, D latent width, K codes; x series (B,C,L), u its STFT (B,2C,H,W),
