@@ -289,7 +289,7 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
         x, y = two_patterns(5000, torch.Generator().manual_seed(0))
         series, labels = list(x.double().numpy()), [str(label + 1) for label in y.tolist()]
         splits = (series[:1000], labels[:1000]), (series[1000:], labels[1000:])
-    elif name.endswith(".npz"):
+    elif name.lower().endswith(".npz"):
         splits = read_npz(Path(name))
     else:
         paths = locate(name, Path(folder)) or fetch(name, Path(folder), mirrors)
