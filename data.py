@@ -411,7 +411,8 @@ def begin(seed, device):
     """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
         text = " ".join(str(error).split()) or "interrupted; a trained stage goes on by --resume"
-        if issubclass(kind, (KeyboardInterrupt, ValueError, OSError)) or "memory" in text:
+        said = KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError
+        if issubclass(kind, said) or "can't allocate memory" in text:  # so torch says on the CPU
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
