@@ -173,7 +173,7 @@ def evaluate(vqvae, d, x, y, args):
 
 
 def draw_samples(run, d, x, y):
-    """Real series above generated ones, the same axes, a column for each of 10 classes."""
+    """Real series above generated ones, the same axes, a column a class, at most 10."""
     columns = range(len(d.classes[:10])) if y is not None else [None]
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)

@@ -188,7 +188,7 @@ def evaluate(model, d, K):
 
 
 def draw_reconstructions(run, model, d):
-    """A row for each of 10 classes, x in grey behind its reconstruction; train left, test right."""
+    """A row a class, at most 10: x in grey behind x^; training split left, test split right."""
     rows = min(10, max(1, len(d.classes)))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
