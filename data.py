@@ -131,8 +131,8 @@ def read_ts(path):
     for i, line in numbered_lines(path):
         where = f"{path}, line {i}"
         if line.startswith("@"):
-            key, *values = [*line[1:].lower().split(), "", ""]
-            says[key] = values[0]
+            key, value = [*line[1:].lower().split(), "", ""][:2]
+            says[key] = value
             names = line.split()[2:] if key == "classlabel" else names
             continue
         *channels, label = (part.strip() for part in line.split(":"))
@@ -255,25 +255,27 @@ def to_array(series, split, C, L):
     return x
 
 
-def encode_labels(train, test):
+def encode_labels(train, test, where):
     """Label strings -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
 
-    ([], None, None) where there are no labels. ValueError when one split has none, one is missing,
-    or the test split holds a label that training has not seen.
+    ([], None, None) where there are no labels. ValueError that says `where` when one split has
+    none, one is missing, or the test split holds a label that training has not seen.
     """
-    if train is test is None:
+    if (train is None) != (test is None):
+        raise ValueError(
+            f"{where}: labels of one split only; give them for both splits or for neither")
+    if train is None:
         return [], None, None
-    if train is None or test is None:
-        raise ValueError("labels of one split only; give them for both splits or for neither")
     if any(label.lower() in ("nan", "?") for label in train + test):
-        raise ValueError("a label is missing (NaN or ?); complete or remove that series")
+        raise ValueError(f"{where}: a label is missing (NaN or ?); complete or remove that series")
     try:
         train, test = ([repr(float(v) + 0.0).removesuffix(".0") for v in y] for y in (train, test))
         classes = sorted(set(train), key=float)
     except ValueError:
         classes = sorted(set(train))
     if unseen := sorted(set(test) - set(classes)):
-        raise ValueError(f"test labels {unseen} do not occur in the training split {classes}")
+        raise ValueError(
+            f"{where}: test labels {unseen} do not occur in the training split {classes}")
     return classes, *(torch.tensor([classes.index(v) for v in split]) for split in (train, test))
 
 
@@ -300,14 +302,14 @@ def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
     train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
     x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
-    if max(np.abs(x_train).max(), np.abs(x_test).max()) > 1e37:
+    if max(np.abs(x).max() for x in (x_train, x_test)) > 1e37:
         raise ValueError(f"{name}: values beyond 1e37, near where fp32 ends; rescale the data")
     mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
     is_constant = (np.ptp(x_train, (0, 2)) == 0) | (std[:, 0] < 1e-37)
     if is_constant.any():
         print(f"{is_constant.sum()} constant channels, which stay constant")
         std[is_constant] = 1
-    classes, y_train, y_test = encode_labels(y_train, y_test)
+    classes, y_train, y_test = encode_labels(y_train, y_test, name)
     scaled = (x_train - mean) / std, (x_test - mean) / std, mean, std
     x_train, x_test, mean, std = (torch.tensor(v).float().to(device) for v in scaled)
     y_train, y_test = (None if y is None else y.to(device) for y in (y_train, y_test))
@@ -410,7 +412,9 @@ def run_flags(parser, trains):
 def begin(seed, device):
     """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
     def one_line(kind, error, trace):
-        text = " ".join(str(error).split()) or "interrupted; a trained stage goes on by --resume"
+        text = " ".join(str(error).split()) or kind.__name__
+        if kind is KeyboardInterrupt:
+            text = "interrupted; a trained stage goes on by --resume"
         said = KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError
         if issubclass(kind, said) or "can't allocate memory" in text:  # so torch says on the CPU
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import rcParams, style
+from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -28,8 +28,7 @@ import data
 from maskgit import SCHEDULES, MaskGIT, decode, guided
 from vqvae import VQVAE
 
-style.use("tableau-colorblind10")
-rcParams["text.parse_math"] = False  # a class may be called $
+style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
 
 N_FILLINGS = 10  # of each series to impute
 
@@ -174,7 +173,7 @@ def evaluate(vqvae, d, x, y, args):
 
 def draw_samples(run, d, x, y):
     """Real series above generated ones, the same axes, a column a class, at most 10."""
-    columns = range(len(d.classes[:10])) if y is not None else [None]
+    columns = range(min(10, len(d.classes))) if y is not None else [None]
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
     axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
     for column, c in enumerate(columns):

@@ -1041,7 +1041,7 @@ def test_stages_that_do_not_belong_together(finished, small, tmp_path, capsys):
     refused(capsys, "stage1.pt has changed since", "train_stage2", "--run", run, "--resume")
 
 
-def test_damaged_figures_are_named_and_the_rest_is_there(finished, tmp_path, capsys):
+def test_damaged_figures_are_named(finished, tmp_path, capsys):
     run = copy(finished, tmp_path)
     for text in ("{", "[1]", '{"stage2": "x"}'):
         (run / "metrics.json").write_text(text)
@@ -1133,7 +1133,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "infinite array": (arrays(X + np.inf), NPZ, 1, r"x_train must be finite numbers"),
     "no test rows": (arrays(x_test=X[:0]), NPZ, 1, r"own.npz: 4 training, 0 test series"),
     "no samples": (arrays(X[:, :0]), NPZ, 1, r"train series 1: 0 channels with any"),
-    "half the labels": (arrays(y_train=X[:, 0]), NPZ, 1, r"labels of one split only"),
+    "half the labels": (arrays(y_train=X[:, 0]), NPZ, 1, r"own.npz: labels of one split only"),
     "array labels": (arrays(y_train=X[0], y_test=X[:, 0]), NPZ, 1, r"y_train has shape \(10,\)"),
     "array channels": (arrays(x_test=X.reshape(4, 2, 5)), NPZ, 1, r"test series 1: 2 channels"),
     "objects": (arrays(np.array([X, "a"], object)), NPZ, 1, r"not an .npz of plain arrays"),
@@ -1208,12 +1208,13 @@ SPOILT = {  # name: what is done to the path of stage2.pt
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
 }
 NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint"
-MISFIT = "a checkpoint's weights do not fit the MaskGIT|the checkpoint does not fit the script"
-SPOILT_REASON = {"other stage": r".*\(it is of stage 1 and",
-                 "foreign, staged": r".*it is of stage 2 and holds \['stage'\]"}
+SPOILT_MESSAGE = {
+    "other stage": NOT_WHOLE + r".*\(it is of stage 1 and",
+    "foreign, staged": NOT_WHOLE + r".*it is of stage 2 and holds \['stage'\]",
+    "misfit":
+        "a checkpoint's weights do not fit the MaskGIT|the checkpoint does not fit the script"}
 BAD |= {f"checkpoint: {name}, {command}": (
-            stage2(spoil), command, 1,
-            MISFIT if name == "misfit" else NOT_WHOLE + SPOILT_REASON.get(name, ""))
+            stage2(spoil), command, 1, SPOILT_MESSAGE.get(name, NOT_WHOLE))
         for name, spoil in SPOILT.items()
         for command in ("sample --run run", "train_stage2 --run run --resume")}
 

@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import rcParams, style
+from matplotlib import style
 from matplotlib.figure import Figure
 
 import data
 from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
 
-style.use("tableau-colorblind10")
-rcParams["text.parse_math"] = False  # a class may be called $
+style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
 
 SSL_LOSSES = {"barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # NOTE(differs): the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
