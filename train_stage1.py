@@ -115,11 +115,10 @@ def stage1_losses(model, project, x, args):
     if views:
         terms["view_mse_x"] = VIEW_WEIGHT * F.mse_loss(x_hat[B:], views[-1])
         terms["view_mse_u"] = VIEW_WEIGHT * F.mse_loss(u_hat[B:], model.stft(views[-1]))
-        # straight-through: Y1's gradient passes to z unchanged, and the codes follow z
         # NOTE(differs): average alone, the follow-up has the maximum beside it
-        # NOTE(differs): Y and Y' alike in the text; here, as in the follow-up, Y1 from the codes
-        # Y1 is of x, or of the first of two views
-        Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))
+        # NOTE(differs): Y and Y' alike in the text; here, as in the follow-up, Y1 from the codes:
+        # its gradient passes to z unchanged (straight-through), and the codes follow z
+        Y1, Y2 = z_q[-B:].mean((2, 3)), z_view.mean((2, 3))  # of x, or of the first of two views
         # two calls: the projector's batch norm sees one branch at a time
         for name, term in SSL_LOSSES[args.ssl](project(Y1), project(Y2)).items():
             terms[name] = args.ssl_weight * term
