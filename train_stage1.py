@@ -216,12 +216,14 @@ def draw_curves(run, log, counts):
     for i, (name, values) in enumerate(curves.items()):
         left.plot(epoch, values, label=name, ls=("-", "--", ":")[i % 3])
     left.set(yscale="log", xlabel="epoch", ylabel="loss term, weighted; gradient norm")
+    left.yaxis.set_major_formatter("{x:g}")  # its default would need parse_math
+    left.yaxis.set_minor_formatter("")
     shares = (counts / counts.sum()).sort(descending=True).values.numpy()
     right.bar(range(len(counts)), shares, width=0.9)
     right.axhline(1 / len(counts), color="0.5", ls=":", label="all alike")
     right.set(xlabel="code, by rank", ylabel="share of the training tokens")
     for axis in (left, middle, right):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2)
     data.write(run / "stage1.png", left.figure.savefig)
 
 
