@@ -4,8 +4,8 @@
     python sample.py --evaluate
     python sample.py --impute 40:70
 
-Leaves in the run folder: samples.npz (x (n,C,L) in the data's own units, y (n) the names of their
-classes, "" without one, s (n,N)), samples.png, decoding.png, metrics.json; or imputed.npz
+Leaves in the run folder: metrics.json, and samples.npz (x (n,C,L) in the data's own units, y (n)
+the names of their classes, "" without one, s (n,N)), samples.png, decoding.png; or imputed.npz
 (x (n,10,C,END-START)) and imputed.png.
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
@@ -38,7 +38,7 @@ def flags():
     parser = argparse.ArgumentParser(description="Generate series from a trained run.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series (default 1000)")
-    add("--label", default="all", help="a class; all: drawn as in training; none: unconditional "
+    add("--label", default="all", help="a class; all: as often as in training; none: unconditional "
         "(default all)")
     add("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
@@ -47,14 +47,14 @@ def flags():
         help="training steps, of batch 64, of each classifier behind --evaluate (default 1000)")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
-        help="uniform draws every token alike, as this part of the thesis did (default maskgit)")
+        help="uniform draws every code alike, as this part of the thesis did (default maskgit)")
     add("--steps", type=data.number(int, 1, 100), default=10, help="T (default 10)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=8.0,
         help="of the order in which entries are settled (default 8; MaskGIT 4.5)")
     add("--revisions", type=data.number(int, 0, 100), default=8,
-        help="rounds that redraw the least probable quarter (default 8; MaskGIT has none)")
+        help="rounds that redraw a quarter, improbable entries first (default 8; MaskGIT has none)")
     add("--guidance", type=data.number(float, 0, 100), default=1.0,
         help="scale; 1 is none (default 1)")
     add("--noise", type=data.number(float, 0, 100), default=1.0,
@@ -71,7 +71,7 @@ def stretch(text):
 
 
 def uniform(s_M, K):
-    """Logits (B,N,K) of the prior that this part of the thesis used: every token alike."""
+    """Logits (B,N,K) of the prior that this part of the thesis used: every code alike."""
     # NOTE(differs): the follow-up's learned prior is the default here
     return torch.zeros(*s_M.shape, K, device=s_M.device)
 
@@ -79,14 +79,14 @@ def uniform(s_M, K):
 def generate(vqvae, prior, y, s_M, args):
     """s_M (B,N) decoded under labels y (B) or None -> s (B,N), x (B,C,L), canvases of row 0."""
     parts, K = [], len(vqvae.quantiser.codes)
-    B = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
-    for i in tqdm(range(0, len(s_M), B), desc="decoding", leave=False):
-        labels = None if y is None else y[i : i + B]
+    size = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
+    for i in tqdm(range(0, len(s_M), size), desc="decoding", leave=False):
+        labels = None if y is None else y[i : i + size]
         logits_fn = guided(prior, labels, args.guidance) if prior else partial(uniform, K=K)
-        canvases = decode(logits_fn, s_M[i : i + B], K, args.steps, args.schedule,
+        canvases = decode(logits_fn, s_M[i : i + size], K, args.steps, args.schedule,
                           args.temperature, args.choice_temperature, args.revisions)
         x = vqvae.detokenise(canvases[-1], args.noise)
-        parts.append((canvases[-1].clone(), x, canvases[:, 0].clone()))  # the rest is let go
+        parts.append((canvases[-1].clone(), x, canvases[:, 0].clone()))  # lets the rest go
     s, x, canvases = zip(*parts)
     return torch.cat(s), torch.cat(x), canvases[0]
 

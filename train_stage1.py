@@ -72,7 +72,7 @@ def replace_tokens(model, z_q, s, most):
 
     p ~ U(0, most) for each row; where a token is replaced, no reconstruction gradient reaches z.
     The decoder learns to get along with some wrong tokens, so that neighbouring tokens come to say
-    the same things: they are easier to predict, and series from a prior that errs stay sharp.
+    the same things: they are easier to predict, and series from a prior that errs stay well-formed.
     """
     # NOTE(differs): neither the thesis nor the follow-up; --token-noise 0 is theirs
     draw = torch.rand(s.shape, device=s.device)
@@ -101,8 +101,8 @@ def stage1_losses(model, project, x, args):
     # NOTE(differs): the thesis distorts both views, the follow-up one, and its other is x itself
     views = [data.augment(x, args.augment) for _ in range(n_views)]
     z = model.encode(torch.cat([x, *views]))  # (B (1 + n_views),D,H',W')
-    # z: of x and of the first of two views; z_view: of the last view, which stays continuous
-    z, z_view = (z[:-B], z[-B:]) if views else (z, z[:0])
+    n_quantised = B * max(1, n_views)  # x, and the first of two views; the last is not quantised
+    z, z_view = z[:n_quantised], z[n_quantised:]
     z_q, s, commitment = model.quantiser(z)
     n_clean = B // 4 + 1  # rows whose tokens stay: the deviation is from x^ of these
     z_replaced = replace_tokens(model, z_q[n_clean:B], s[n_clean:B], args.token_noise)

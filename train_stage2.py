@@ -32,7 +32,7 @@ def flags():
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="learn series shifted by up to this many columns, too (default 0.25; published 0)")
     add("--token-temperature", type=data.number(float, 0), default=0.0,
-        help="t > 0 draws tokens anew each epoch from softmax(-distance/t) (default 0: nearest)")
+        help="t > 0 draws tokens anew each epoch from softmax(-distance^2/t) (default 0: nearest)")
     add = parser.add_argument_group("model").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -51,7 +51,7 @@ def even_shifts(most):
 
 
 def draw_tokens(distance, temperature):
-    """distance (B,N,K) of latents to codes -> s (B,N) drawn from softmax(-distance/temperature)."""
+    """distance (B,N,K), squared, to the codes -> s (B,N) from softmax(-distance/temperature)."""
     return (gumbel_like(distance) - distance / temperature).argmax(-1)
 
 
@@ -98,7 +98,7 @@ if __name__ == "__main__":
         return distance if args.token_temperature > 0 else distance.argmin(-1)
 
     # NOTE(differs): shifted series too, else the prior learns the training series by heart; it is
-    # told the shift, so that it draws series as they are
+    # told the shift, so that it can draw unshifted ones
     shifts = even_shifts(int(args.shift * vqvae.stride))
     of_shift = torch.stack([  # (shifts,n,N) or (shifts,n,N,K)
         data.in_batches(tokens_or_distances, data.time_shift(d.x_train, by)) for by in shifts])
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     prior = MaskGIT(**arguments).to(device)
     # NOTE(differs): smaller batches, one cycle of the rate, and Muon for every matrix of the layers
     matrices = [w for w in prior.layers.parameters() if w.ndim == 2]
-    others = [w for w in prior.parameters() if not any(w is matrix for matrix in matrices)]
+    others = [w for w in prior.parameters() if w not in set(matrices)]
     muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
     schedules = [data.one_cycle(optimiser, args.epochs * n_steps) for optimiser in (muon, adamw)]

@@ -189,8 +189,8 @@ class VQVAE(nn.Module):
     def decode(self, z_q):
         """z_q or z (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W), log_deviation (B,C,L) of x from x^."""
         u_hat, spread = self.decoder(z_q).split([2 * self.C, self.C], 1)
-        # NOTE(differs): other decoders give x^ alone; this one the mean over bins, frames stretched
-        # over L, and at least exp(-4.5) = .011
+        # NOTE(differs): other decoders give x^ alone; log d is C more channels, averaged over the
+        # bins and stretched from W frames to L samples; d is at least exp(-4.5) = .011
         log_deviation = F.interpolate(spread.mean(2), self.L, mode="linear", align_corners=True)
         return istft(u_hat, self.L, self.n_fft, self.hop), u_hat, log_deviation.clamp_min(-4.5)
 
