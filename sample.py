@@ -43,7 +43,7 @@ def flags():
     add("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
     add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
-    add("--fcn-steps", type=data.number(int, 1), default=1000,
+    add("--fcn-steps", type=data.number(int, 1),
         help="training steps, of batch 64, of each classifier behind --evaluate (default 1000)")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
@@ -151,7 +151,7 @@ def evaluate(vqvae, d, x, y, args):
         return vqvae.detokenise(vqvae.tokenise(rows), args.noise)
 
     x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
-    n_classes, n_steps = len(d.classes), args.fcn_steps
+    n_classes, n_steps = len(d.classes), args.fcn_steps or 1000
     fcn = train_fcn(d.x_train, d.y_train, n_classes, n_steps, "real")
     real = data.in_batches(fcn[:-1], d.x_test)
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
@@ -281,6 +281,8 @@ if __name__ == "__main__":
         parser.error("--prior uniform knows no classes: neither --label nor --evaluate")
     if args.guidance != 1 and (prior is None or args.impute or args.label == "none"):
         parser.error("--guidance works by labels; here none is used")
+    if args.fcn_steps and not args.evaluate:
+        parser.error("--fcn-steps is of the classifiers behind --evaluate, which is not given")
     if args.evaluate and (args.label != "all" or not d.classes or min(args.n, len(d.x_test)) < 4):
         parser.error("--evaluate needs labels and at least 4 series, of all classes, and 4 to test")
 

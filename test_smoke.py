@@ -1110,6 +1110,7 @@ BAD = {  # name: preparation, command, exit code, message; a finished run is in 
     "label": (None, "sample --run run --label 9", 2, "--label 9: the classes are 0, 1, 2"),
     "one label": (None, "sample --run run --label 1 --evaluate", 2, "--evaluate needs labels"),
     "too few": (None, "sample --run run --n 3 --evaluate", 2, "--evaluate needs labels and at"),
+    "no classifier": (None, "sample --run run --fcn-steps 9", 2, "--fcn-steps is of the class"),
     "no classes": (None, "sample --run run --prior uniform --label 1", 2, "uniform knows no class"),
     "guidance of none": (None, "sample --run run --label none --guidance 2", 2, "works by labels"),
     "impute 9": (None, "sample --impute 9", 2, "invalid stretch value: '9'"),
