@@ -107,7 +107,8 @@ if __name__ == "__main__":
     prior = MaskGIT(**arguments).to(device)
     # NOTE(differs): smaller batches, one cycle of the rate, and Muon for every matrix of the layers
     matrices = [w for w in prior.layers.parameters() if w.ndim == 2]
-    others = [w for w in prior.parameters() if w not in set(matrices)]
+    in_layers = set(matrices)
+    others = [w for w in prior.parameters() if w not in in_layers]
     muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
     schedules = [data.one_cycle(optimiser, args.epochs * n_steps) for optimiser in (muon, adamw)]
