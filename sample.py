@@ -49,7 +49,7 @@ def flags():
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
         help="uniform draws every code alike, as this part of the thesis did (default maskgit)")
     add("--steps", type=data.number(int, 1, 100), default=10, help="T (default 10)")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(t/T) (default cosine)")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
     add("--choice-temperature", type=data.number(float, 0), default=8.0,
         help="of the order in which entries are settled (default 8; MaskGIT 4.5)")

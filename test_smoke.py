@@ -1271,7 +1271,7 @@ def test_stage1_flags(flags, small, finished, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    "--seed 1", "--epochs 1", "--batch-size 8", "--lr 0.1", "--schedule linear", "--shift 0",
+    "--seed 1", "--epochs 1", "--batch-size 8", "--lr 0.1", "--schedule cosine", "--shift 0",
     "--token-temperature 9",
 ])
 def test_stage2_flags(flags, finished, tmp_path):

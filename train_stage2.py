@@ -34,7 +34,9 @@ def flags():
     add("--token-temperature", type=data.number(float, 0), default=0.0,
         help="t > 0 draws tokens anew each epoch from softmax(-distance^2/t) (default 0: nearest)")
     add = parser.add_argument_group("model").add_argument
-    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r) (default cosine)")
+    # NOTE(differs): the thesis and MaskGIT train as they decode, by the cosine
+    add("--schedule", choices=SCHEDULES, default="linear",
+        help="gamma(r) in training (default linear: half is masked on average; MaskGIT cosine)")
     add = parser.add_argument_group("optimisation").add_argument
     # NOTE(differs): published 1000
     add("--epochs", type=data.number(int, 1), default=280, help="default 280; published 1000")
