@@ -45,7 +45,7 @@ def mask_tokens(s, schedule="cosine"):
     """is_masked (B,N) for training: ceil(gamma(r) N) random entries a row, r ~ U(0,1) per row.
 
     With the cosine schedule a row has 2/pi of its entries masked on average (and up to 1/N more by
-    rounding up), never none.
+    rounding up), with the linear one, which train_stage2.py prefers, half; never none.
     """
     B, N = s.shape
     # NOTE(differs): two public code bases keep this share and mask the rest
@@ -108,7 +108,8 @@ def guided(prior, y=None, scale=1.0):
     """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
 
     scale, Ho and Salimans' 1 + w: 1 is the class-conditional model, 0 the unconditional one; above
-    1 the class shows more and variety less. Without y the model is unconditional.
+    1 the class shows more and variety less. Without y the model is unconditional. The prior must be
+    in eval mode, else it hides labels.
     """
     def logits_fn(s_M):
         if y is None or scale == 1:
@@ -126,7 +127,7 @@ def gumbel_like(x):
 
 @torch.no_grad()
 def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1.0,
-           choice_temperature=8.0, n_revisions=0):
+           choice_temperature=8.0, n_revisions=8):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps reads s_M^(t-1), draws every masked entry from its own distribution
@@ -136,7 +137,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
 
     Each of n_revisions rounds after that masks the n // 4 entries whose present token has the
     lowest log-probability plus Gumbel noise, and refills them in three such steps. A heuristic:
-    these logits are read at known entries, where the training loss is never taken.
+    these logits are read at known entries, where the training loss is never taken. MaskGIT's own
+    rule is choice_temperature 4.5 without revisions.
 
     Returns s_M, then the canvas after each step and each revision, (1 + n_steps + n_revisions,B,N);
     the last is complete.
@@ -162,7 +164,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
         score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
         s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)
-        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature)[-1]
+        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature, 0)[-1]
         canvases.append(s_M)
     return torch.stack(canvases)
 

@@ -77,7 +77,10 @@ def uniform(s_M, K):
 
 
 def generate(vqvae, prior, y, s_M, args):
-    """s_M (B,N) decoded under labels y (B) or None -> s (B,N), x (B,C,L), canvases of row 0."""
+    """s_M (B,N) decoded under labels y (B) or None -> s (B,N), x (B,C,L), canvases of row 0.
+
+    args: the flags of `decoding`; prior: None for the uniform one.
+    """
     parts, K = [], len(vqvae.quantiser.codes)
     size = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
     for i in tqdm(range(0, len(s_M), size), desc="decoding", leave=False):

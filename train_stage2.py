@@ -34,7 +34,7 @@ def flags():
     add("--token-temperature", type=data.number(float, 0), default=0.0,
         help="t > 0 draws tokens anew each epoch from softmax(-distance^2/t) (default 0: nearest)")
     add = parser.add_argument_group("model").add_argument
-    # NOTE(differs): the thesis and MaskGIT train as they decode, by the cosine
+    # NOTE(differs): the thesis reports that the cosine is best for images, MaskGIT trains by it
     add("--schedule", choices=SCHEDULES, default="linear",
         help="gamma(r) in training (default linear: half is masked on average; MaskGIT cosine)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -58,7 +58,7 @@ def draw_tokens(distance, temperature):
 
 
 def bound(prior, s, y):
-    """Mean of `nll_bound` over BOUND_DRAWS draws for each row of s, in nats a series."""
+    """Mean of `nll_bound` over BOUND_DRAWS draws for each row of s, in nats; prior in eval mode."""
     total = 0.0
     for i in [*range(0, len(s), 1000)] * BOUND_DRAWS:
         logits_fn = guided(prior, None if y is None else y[i : i + 1000])
@@ -108,6 +108,7 @@ if __name__ == "__main__":
     arguments = dict(K=K, N=N, n_classes=len(d.classes), n_shifts=len(shifts))
     prior = MaskGIT(**arguments).to(device)
     # NOTE(differs): smaller batches, one cycle of the rate, and Muon for every matrix of the layers
+    # (Q, K and V are stacked in one)
     matrices = [w for w in prior.layers.parameters() if w.ndim == 2]
     in_layers = set(matrices)
     others = [w for w in prior.parameters() if w not in in_layers]
