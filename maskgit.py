@@ -112,6 +112,7 @@ def guided(prior, y=None, scale=1.0):
     in eval mode, else it hides labels.
     """
     def logits_fn(s_M):
+        """s_M (B,N) -> logits (B,N,K)."""
         if y is None or scale == 1:
             return prior(s_M, y)
         l_class, l_null = prior(s_M, y), prior(s_M)
@@ -164,7 +165,8 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1
         log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
         score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
         s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)
-        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature, 0)[-1]
+        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature,
+                     n_revisions=0)[-1]
         canvases.append(s_M)
     return torch.stack(canvases)
 

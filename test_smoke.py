@@ -920,8 +920,10 @@ def test_channels_and_no_labels_through_all_scripts(tmp_path):
     run = train(tmp_path / "own.npz", tmp_path / "run")
     script("sample", "--run", run, "--n", 3)
     script("sample", "--run", run, "--n", 3, "--impute", "4:9")
-    assert np.load(run / "samples.npz")["x"].shape == (3, 3, 16)
-    assert np.load(run / "imputed.npz")["x"].shape == (3, 10, 3, 5)
+    assert all(v.isfinite().all() for v in weights(run / "stage1.pt"))
+    for drawn, shape in (("samples", (3, 3, 16)), ("imputed", (3, 10, 3, 5))):
+        x = np.load(run / f"{drawn}.npz")["x"]
+        assert np.isfinite(x).all() and x.shape == shape and (run / f"{drawn}.png").exists()
 
 
 def test_labels_and_priors(finished, tmp_path):
@@ -1057,9 +1059,9 @@ def rows(train, ending="tsv"):
     return lambda folder: table(folder, train, good, ending)
 
 
-def arrays(x_train=X, x_test=X, **others):
-    """A preparation: own.npz of these arrays, None for none."""
-    named = {"x_train": x_train, "x_test": x_test, **others}
+def arrays(x_train=X, x_test=X, y_train=None, y_test=None, train=None):
+    """A preparation: own.npz of these arrays, None for none; `train` is a wrong name."""
+    named = dict(x_train=x_train, x_test=x_test, y_train=y_train, y_test=y_test, train=train)
     return lambda folder: np.savez(folder / "own.npz", **{
         name: v for name, v in named.items() if v is not None})
 
@@ -1147,7 +1149,8 @@ WRONG = {  # script: a flag with a value that it refuses, what is said of it
         "schedule sine": "invalid choice: 'sine'", "batch-size 0": "0 is not between 1",
         "token-temperature -1": "-1 is not between 0"},
     "sample": {
-        "n 0": "0 is not between 1", "n 1000000000000": "not between 1 and 1000000",
+        "n 0": "0 is not between 1",
+        "n 1000000000000": "1000000000000 is not between 1 and 1000000",
         "steps 0": "0 is not between 1", "temperature -1": "-1 is not between 0",
         "guidance -1": "-1 is not between 0", "noise inf": "inf is not between 0",
         "prior ar": "invalid choice: 'ar'"},
