@@ -1,11 +1,13 @@
 """Time series in, and the files of a run out.
 
-    two_patterns        the embedded data set, by its generating process
-    read_*, fetch       UCR files, one's own arrays, and the download of what is absent
-    load                any of these -> scaled tensors (Dataset)
-    AUGMENTATIONS       the views that SSL compares
-    number ... cost     what the three scripts share: flags, checkpoints, logs, interruption
+    two_patterns                    the embedded data set, by its generating process
+    read_table, read_ts, read_npz   UCR files and one's own arrays
+    locate, fetch                   a UCR set on disk, else from the archive's mirrors
+    load                            any of these -> scaled tensors (Dataset)
+    AUGMENTATIONS                   the views that SSL compares
+    one_line_errors ... report      what the three scripts share
 
+What is read is right, or it is Refused in one line that says file, place and remedy.
 Sources: Geurts 2002 (the TwoPatterns process, here re-derived from the UCR files); Dau et al. 2019
 (UCR archive); Iwana and Uchida 2021 (the augmentations).
 
@@ -13,17 +15,16 @@ Notation: B batch, C channels, L series length; x series (B,C,L), y labels (B).
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
 import os
-import resource
 import signal
 import sys
-import time
 import urllib.request
 import zipfile
-from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +38,17 @@ MIRRORS = (
 )
 
 
+class Refused(Exception):
+    """What a user can mend: a file, a flag's value, a checkpoint; the scripts turn it into one
+    line and exit code 1.
+    """
+
+
 class Dataset(NamedTuple):
     """Scaled series (B,C,L) fp32 and labels 0..n-1 (B) int64, or None where there are none.
 
-    classes: the labels' own names in order. mean, std (C,1): x * std + mean has the data's units.
+    classes: the labels' own names in order. mean, std (C,1) float64: x * std + mean has the data's
+    units. digest: SHA-256 of the data files' bytes, in hex (of the embedded set, its name).
     """
 
     x_train: torch.Tensor
@@ -50,6 +58,7 @@ class Dataset(NamedTuple):
     classes: list
     mean: torch.Tensor
     std: torch.Tensor
+    digest: str
 
 
 # ---- the embedded data set ----------------------------------------------------------------------
@@ -78,108 +87,165 @@ def two_patterns(n, generator, L=128):
     return x[:, None], y
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- readers: series (C,l) with NaN for missing values, and their class names or None -----------
 
 
-def numbered_lines(path):
-    """(number, line) of a text file's lines that are neither blank nor a # comment.
+def to_float(field):
+    """The number in a field, NaN where it is empty, '?' or NaN. ValueError if there is none."""
+    field = field.strip()
+    if field in ("", "?"):
+        return math.nan
+    value = float(field)
+    # float() also takes 1_1 for 11, and digits of other scripts
+    if "_" in field or not field.isascii() or math.isinf(value):
+        raise ValueError(field)
+    return value
 
-    A byte-order mark is passed over. ValueError where bytes outside comments are not UTF-8.
-    """
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    kept = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and line[0] != "#"]
-    if any("\ufffd" in line for _, line in kept):  # what "replace" puts there
-        raise ValueError(f"{path}: not a text file in UTF-8")
-    return kept
 
-
-def parse(fields, where):
-    """Numbers of a row, '?' and NaN being missing values. ValueError that says `where`."""
-    try:
-        values = [float("nan" if field.strip() == "?" else field) for field in fields]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if any(map(math.isinf, values)):
-        raise ValueError(f"{where}: an infinite value; remove or replace it")
+def to_floats(fields, where, expected):
+    """Numbers of a row. Refused with `where`, the column, and what was `expected`."""
+    values = []
+    for column, field in enumerate(fields, 1):
+        try:
+            values.append(to_float(field))
+        except ValueError:
+            raise Refused(f"{where}, column {column}: {field.strip()[:30]!r} is no finite number; "
+                          f"expected {expected}; a missing value is empty, ? or NaN") from None
     return values
 
 
-def read_table(path):
-    """UCR .tsv or .txt: label, then values, tab or white space between; NaN pads short series.
+def class_name(label, where):
+    """'1' for '1', '1.0' and '01', which are one class; a word is itself.
 
-    Returns series, a list of (1,L) arrays, and their labels as strings.
+    Refused where the label is missing, or a number so large that float64 merges it with others.
     """
-    series, labels = [], []
-    for i, line in numbered_lines(path):
-        label, *fields = line.split()
-        expected = series[0].shape[1] if series else max(1, len(fields))
-        if len(fields) != expected:
-            raise ValueError(f"{path}, line {i}: {len(fields)} values after the label, expected "
-                             f"{expected}, separated by tabs or spaces")
-        labels.append(label)
-        series.append(np.array([parse(fields, f"{path}, line {i}")]))
-    return series, labels
+    try:
+        value = to_float(label) + 0.0  # and -0 is 0
+    except ValueError:
+        return label
+    if math.isnan(value):
+        raise Refused(f"{where}: the label is missing; complete it or remove the series")
+    if abs(value) >= 2**53:
+        raise Refused(f"{where}: label {label} is not below 2^53; use smaller numbers or words")
+    return repr(value).removesuffix(".0")
+
+
+def text_lines(path):
+    """(number from 1, line) of a file's lines that are not blank; what is no UTF-8 is U+FFFD."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" ")]
+    if not lines:
+        raise Refused(f"{path}: the file is empty; put the series there again")
+    return lines
+
+
+def read_table(path):
+    """UCR .tsv or .txt: numbers only, label first, tabs or else white space between them."""
+    lines = text_lines(path)
+    delimiter = "\t" if any("\t" in line for _, line in lines) else None
+    expected = "numbers with tabs or spaces between them, no commas, and for words a .ts or .npz"
+    try:
+        table = np.loadtxt([line for _, line in lines], delimiter=delimiter, comments=None,
+                           converters=to_float, encoding="utf-8", ndmin=2)
+    except ValueError:  # whose text counts rows from 0 or from 1, without the blank ones
+        rows = [to_floats(line.split(delimiter), f"{path}, line {i}", expected)
+                for i, line in lines]
+        n, wrong = len(rows[0]), [k for k, row in enumerate(rows) if len(row) != len(rows[0])]
+        raise Refused(f"{path}, line {lines[wrong[0]][0]}: {len(rows[wrong[0]])} fields, expected "
+                      f"{n} as in the first row; fill up shorter series with NaN") from None
+    labels = [class_name(line.split(delimiter, 1)[0], f"{path}, line {i}") for i, line in lines]
+    return list(table[:, None, 1:]), labels
 
 
 def read_ts(path):
-    """UCR/UEA .ts: '@' header, then `v1,v2,...:label`, channels separated by colons.
+    """UCR/UEA .ts: header, '@data', then rows `v1,v2,...:v1,v2,...:label`, a part for each channel.
 
-    Returns series, a list of (C,L) arrays, and their labels as strings (None without @classLabel).
-    ValueError where the header contradicts the data.
+    The label is there after '@classLabel true'. Other lines of the header bind nothing, except
+    that time stamps and regression targets are Refused. Lines with % or # first are comments.
     """
-    says, names, series, labels = defaultdict(str), [], [], []
-    for i, line in numbered_lines(path):
-        where = f"{path}, line {i}"
-        if line.startswith("@"):
-            key, value = [*line[1:].lower().split(), "", ""][:2]
-            says[key] = value
-            names = line.split()[2:] if key == "classlabel" else names
+    has_labels, in_data, series, labels = False, False, [], []
+    for i, line in text_lines(path):
+        line, where = line.strip(), f"{path}, line {i}"
+        if not line or line[0] in "%#":
             continue
-        *channels, label = (part.strip() for part in line.split(":"))
-        if says["classlabel"] != "true":
-            channels.append(label)
-        elif label in names:
+        if in_data:
+            one, label = read_ts_row(line, has_labels, where)
+            series.append(one)
             labels.append(label)
-        else:
-            raise ValueError(f"{where}: label {label!r} is not in @classLabel")
-        rows = [parse(channel.split(","), where) for channel in channels]
-        first = series[0] if series and says["equallength"] == "true" else rows
-        C = says["dimensions"] or ("1" if says["univariate"] == "true" else str(len(rows)))
-        L = says["serieslength"] or str(len(first[0]))
-        lengths = [str(len(row)) for row in rows]
-        if str(len(rows)) != C or set(lengths) != {L}:
-            raise ValueError(f"{where}: channels of {', '.join(lengths)} values, but by the header "
-                             f"(or the series before, or the first channel) {C} of {L}")
-        if says["missing"] == "false" and np.isnan(sum(rows, [])).any():
-            raise ValueError(f"{where}: a missing value, but the header says @missing false")
-        series.append(np.array(rows))
-    return series, labels or None
+            continue
+        key, value, *_ = [*line.lower().split(), ""]
+        in_data = key == "@data"
+        if key in ("@timestamps", "@targetlabel") and value == "true":
+            what = "time stamps" if key == "@timestamps" else "regression targets"
+            raise Refused(f"{where}: {what} are not read; take them out of header and rows")
+        has_labels = value == "true" if key == "@classlabel" else has_labels
+    if not in_data:
+        raise Refused(f"{path}: no line '@data'; put it between header and series")
+    return series, labels if has_labels else None
+
+
+def read_ts_row(line, has_labels, where):
+    """One series (C,l) and its class name, or None where rows have no label."""
+    *channels, label = line.split(":")
+    expected = "numbers with commas between them"
+    if has_labels:
+        label = class_name(label.strip(), where)
+        if not channels or "\ufffd" in label:
+            raise Refused(f"{where}: expected values, a colon, and a label in UTF-8")
+    else:
+        channels += [label] if label.strip() else []
+        expected += " (there is no '@classLabel true' in the header, so no label at the end)"
+    rows = [to_floats(channel.split(","), f"{where}, channel {c}", expected)
+            for c, channel in enumerate(channels, 1)]
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) != 1:
+        raise Refused(f"{where}: channels of lengths {lengths}; expected equal ones, of {expected}")
+    return np.array(rows), label
 
 
 def read_npz(path):
-    """One's own data: x_train, x_test (N,L) or (N,C,L), y_train, y_test optional.
+    """One's own data: x_train, x_test (N,L) or (N,C,L), y_train, y_test (N) optional.
 
-    Returns for train and test a list of (C,L) arrays and labels as strings or None.
+    Returns (series, class names) of train and of test; no other array is looked at.
     """
+    arrays = {f"{kind}_{split}": None for split in ("train", "test") for kind in "xy"}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+            found = file.files
+            arrays |= {name: file[name] for name in arrays if name in found}
     except OSError:
         raise
     except Exception:  # what NumPy raises depends on the bytes
-        raise ValueError(f"{path}: not an .npz of plain arrays (objects are not read)") from None
+        raise Refused(f"{path}: not an .npz of plain arrays; save them by np.savez, none of them "
+                      "with objects") from None
     splits = []
     for split in ("train", "test"):
-        x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x is None:
-            raise ValueError(f"{path}: no array x_{split}; it holds {sorted(arrays) or 'nothing'}")
-        if x.ndim not in (2, 3) or x.dtype.kind not in "iuf" or np.isinf(x).any():
-            raise ValueError(f"{path}: x_{split} must be finite numbers of shape (N,L) or (N,C,L)")
+            raise Refused(f"{path}: no array x_{split}, but {found}; rename or add it")
+        x = to_series(x, f"{path}: x_{split}")
         if y is not None and y.shape != (len(x),):
-            raise ValueError(f"{path}: y_{split} has shape {y.shape}, x_{split} {len(x)} rows")
-        x = (x[:, None] if x.ndim == 2 else x).astype(np.float64)  # (N,C,L)
-        splits.append((list(x), None if y is None else [str(label) for label in y]))
+            raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each of "
+                          f"the {len(x)} rows of x_{split}")
+        if y is not None and y.dtype.kind == "S":
+            y = np.char.decode(y, "utf-8", "backslashreplace")
+        where = f"{path}: y_{split}"
+        splits.append((list(x), None if y is None else [
+            class_name(str(label), f"{where}[{i}]") for i, label in enumerate(y)]))
     return splits
+
+
+def to_series(x, where):
+    """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
+    if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
+        raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
+    for index in np.argwhere(np.isinf(x)):
+        raise Refused(f"{where}{index.tolist()} is infinite; remove or replace it")
+    x = (x[:, None] if x.ndim == 2 else x).astype(np.float64)
+    if x.shape[1] > x.shape[2]:
+        print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
+              "is (N,L,C), save its swapaxes(1, 2)")
+    return x
 
 
 def locate(name, folder):
@@ -194,8 +260,8 @@ def locate(name, folder):
 def fetch(name, folder, mirrors=MIRRORS, timeout=30):
     """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths.
 
-    Only these two members are read; each appears whole or not at all. OSError that names every
-    address tried when none of them serves such a zip.
+    Only these two members are read; each appears whole or not at all. Refused, naming every
+    address tried, when none of them serves such a zip.
     """
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
@@ -210,7 +276,7 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
         for member, content in members.items():
             write(folder / name / member, content)
         return locate(name, folder)
-    raise OSError(
+    raise Refused(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
         f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"
     )
@@ -238,82 +304,98 @@ def trim(series):
     return series[:, : np.flatnonzero(np.isfinite(series).any(0)).max(initial=-1) + 1]
 
 
-def to_array(series, split, C, L):
+def to_array(series, where, C, L):
     """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly."""
     x, t = np.empty((len(series), C, L)), np.linspace(0, 1, L)
     for i, one in enumerate(series):
         present = np.isfinite(one)
         if len(one) != C or not present.any(1).all():
-            raise ValueError(f"{split} series {i + 1}: {present.any(1).sum()} channels with any "
-                             f"value, expected {C}; remove or complete it")
+            raise Refused(f"{where} series {i + 1}: {present.any(1).sum()} channels with any "
+                          f"value, expected {C}; remove or complete it")
         own_t = np.linspace(0, 1, one.shape[1])
         x[i] = [np.interp(t, own_t[ok], row[ok]) for row, ok in zip(one, present)]
     n_stretched = sum(one.shape[1] != L for one in series)
     n_filled = sum(bool(np.isnan(one).any()) for one in series)
     if n_stretched or n_filled:
-        print(f"{split}: {n_stretched} series stretched to {L}, {n_filled} with gaps filled")
+        print(f"{where}: {n_stretched} series stretched to {L}, {n_filled} with gaps filled")
     return x
 
 
-def encode_labels(train, test, where):
-    """Label strings -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
+def scale(x_train, x_test, where):
+    """Both splits (B,C,L) by mean and deviation (C,1) of the training split, and these two."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
+        std[(np.ptp(x_train, (0, 2)) == 0) | (std[:, 0] == 0)] = 1  # a constant channel stays so
+        x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+    if not max(np.abs(x_train).max(), np.abs(x_test).max()) < np.finfo(np.float32).max:
+        raise Refused(f"{where}: values too large for fp32 even when scaled; rescale or mend them")
+    return x_train, x_test, mean, std
 
-    ([], None, None) where there are no labels. ValueError that says `where` when one split has
-    none, one is missing, or the test split holds a label that training has not seen.
+
+def encode_labels(train, test, where):
+    """Class names -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
+
+    ([], None, None) where there are none. Refused where one split has none, or the test split
+    holds a class that training has not seen.
     """
     if (train is None) != (test is None):
-        raise ValueError(
-            f"{where}: labels of one split only; give them for both splits or for neither")
+        raise Refused(f"{where}: labels of one split only; give them for both or for neither")
     if train is None:
         return [], None, None
-    if any(label.lower() in ("nan", "?") for label in train + test):
-        raise ValueError(f"{where}: a label is missing (NaN or ?); complete or remove that series")
+    classes = sorted(set(train))
     try:
-        train, test = ([repr(float(v) + 0.0).removesuffix(".0") for v in y] for y in (train, test))
-        classes = sorted(set(train), key=float)
+        classes.sort(key=to_float)
     except ValueError:
-        classes = sorted(set(train))
+        pass  # words stay in the order of words
     if unseen := sorted(set(test) - set(classes)):
-        raise ValueError(
-            f"{where}: test labels {unseen} do not occur in the training split {classes}")
-    return classes, *(torch.tensor([classes.index(v) for v in split]) for split in (train, test))
+        raise Refused(f"{where}: test labels {unseen} do not occur in the training split, which "
+                      f"has {classes}; mend or remove these series")
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, *(torch.tensor([number[v] for v in split]) for split in (train, test))
 
 
-def load(name="synthetic", folder="data", device="cpu", mirrors=MIRRORS):
-    """Data set by name -> Dataset.
-
-    `synthetic`: 1000 + 4000 series of the TwoPatterns process, the same whatever the seed.
-    A path that ends in .npz: one's own arrays. Else a UCR set in `folder`, downloaded when absent.
-    All series are stretched to the longest training series and scaled by the training split's mean
-    and standard deviation per channel. Raises ValueError or OSError that says what is wrong where.
-    """
+def read(name, folder, mirrors):
+    """(series, class names) of train, the same of test, and the digest of a data set by name."""
     if name == "synthetic":
         x, y = two_patterns(5000, torch.Generator().manual_seed(0))
         series, labels = list(x.double().numpy()), [str(label + 1) for label in y.tolist()]
-        splits = (series[:1000], labels[:1000]), (series[1000:], labels[1000:])
-    elif name.lower().endswith(".npz"):
-        splits = read_npz(Path(name))
-    else:
-        paths = locate(name, Path(folder)) or fetch(name, Path(folder), mirrors)
-        splits = [(read_ts if path.suffix == ".ts" else read_table)(path) for path in paths]
-    (train, y_train), (test, y_test) = splits
+        return (series[:1000], labels[:1000]), (series[1000:], labels[1000:]), name
+    try:
+        if name.lower().endswith(".npz"):
+            paths = [Path(name)]
+            train, test = read_npz(paths[0])
+        else:
+            paths = locate(name, folder) or fetch(name, folder, mirrors)
+            train, test = (read_ts(p) if p.suffix == ".ts" else read_table(p) for p in paths)
+        return train, test, hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()
+    except OSError as error:
+        raise Refused(f"{name}: {error}; check the path and its permissions") from error
+
+
+def load(name="synthetic", folder="data", device="cpu", expected=None, mirrors=MIRRORS):
+    """Data set by name -> Dataset. Refused where it cannot be read right.
+
+    `synthetic`: 1000 + 4000 series of the TwoPatterns process, the same whatever the seed.
+    A path that ends in .npz: one's own arrays. Else a UCR set in `folder`, downloaded when absent.
+    All series are stretched to the longest training series and scaled, in float64, by the training
+    split's mean and standard deviation per channel. expected: the digest of the files' bytes, where
+    they have to be those that a stage 1 was trained on.
+    """
+    (train, y_train), (test, y_test), digest = read(name, Path(folder), mirrors)
+    if expected and digest != expected:
+        raise Refused(f"{name} is not the data that stage 1 was trained on; give these by "
+                      "--dataset and --data-dir, or train stage 1 again")
     if len(train) < 2 or not test:
-        raise ValueError(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
+        raise Refused(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
     train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
-    x_train, x_test = to_array(train, "train", C, L), to_array(test, "test", C, L)
-    if max(np.abs(x).max() for x in (x_train, x_test)) > 1e37:
-        raise ValueError(f"{name}: values beyond 1e37, near where fp32 ends; rescale the data")
-    mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-    is_constant = (np.ptp(x_train, (0, 2)) == 0) | (std[:, 0] < 1e-37)
-    if is_constant.any():
-        print(f"{is_constant.sum()} constant channels, which stay constant")
-        std[is_constant] = 1
+    if L < 8:
+        raise Refused(f"{name}: series of {L} samples; the STFT needs 8")
+    arrays = to_array(train, f"{name}, train", C, L), to_array(test, f"{name}, test", C, L)
+    x_train, x_test, mean, std = (torch.tensor(v, device=device) for v in scale(*arrays, name))
     classes, y_train, y_test = encode_labels(y_train, y_test, name)
-    scaled = (x_train - mean) / std, (x_test - mean) / std, mean, std
-    x_train, x_test, mean, std = (torch.tensor(v).float().to(device) for v in scaled)
     y_train, y_test = (None if y is None else y.to(device) for y in (y_train, y_test))
-    return Dataset(x_train, y_train, x_test, y_test, classes, mean, std)
+    return Dataset(x_train.float(), y_train, x_test.float(), y_test, classes, mean, std, digest)
 
 
 # ---- views for SSL: batched, on the data's device, x (B,C,L) -> (B,C,L) -------------------------
@@ -381,6 +463,21 @@ def augment(x, names):
 # ---- what the three scripts share ---------------------------------------------------------------
 
 
+@contextmanager
+def one_line_errors():
+    """What a user can mend, and Ctrl-C or SIGTERM, end the script in one line and exit code 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a class's name
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except Refused as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; --resume goes on from the last "
+                 "checkpoint, if there is one")
+
+
 def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
     def convert(text):
@@ -396,36 +493,24 @@ def number(kind, low, high=math.inf):
 def run_flags(parser, trains):
     """The flags that all scripts have, and those of the two that train."""
     add = parser.add_argument_group("run").add_argument
-    add("--run", type=Path, metavar="DIR",
-        help="the run's folder (default: in stage 1 runs/DATASET-SSL, then the newest in runs)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of all random draws; on the CPU it fixes every bit (default 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto takes CUDA where it is there (default)")
+    add("--run", type=Path, metavar="DIR", help="its folder (None: runs/DATASET-SSL in stage 1, "
+        "then the newest below runs)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all random draws")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there")
     if trains:
+        add("--epochs", type=number(int, 1), help="length in epochs of n/B steps, not in --steps")
         add("--resume", action="store_true", help="go on from the run's checkpoint")
-        add("--save-every", type=number(int, 1), default=10, metavar="EPOCHS",
-            help="epochs between checkpoints (default 10)")
+        add("--save-every", type=number(int, 1), default=200, metavar="STEPS",
+            help="steps between checkpoints")
+        add("--eager", action="store_true", help="on CUDA, launch a step's kernels one by one")
     return parser
 
 
 def begin(seed, device):
-    """Seed torch, return the torch device; from here on bad input ends in one line on stderr."""
-    def one_line(kind, error, trace):
-        text = " ".join(str(error).split()) or kind.__name__
-        if kind is KeyboardInterrupt:
-            text = "interrupted; a trained stage goes on by --resume"
-        said = KeyboardInterrupt, ValueError, OSError, MemoryError, torch.OutOfMemoryError
-        if issubclass(kind, said) or "can't allocate memory" in text:  # so torch says on the CPU
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = one_line
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    """Seed torch and return the torch device."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError("--device cuda: no CUDA device here; use --device cpu")
+        raise Refused("--device cuda: no CUDA device here; use --device cpu")
     torch.manual_seed(seed)
     return torch.device("cuda" if device != "cpu" and has_cuda else "cpu")
 
@@ -434,7 +519,7 @@ def newest_run(file):
     """The folder below runs/ whose `file` was written last."""
     found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"no runs/*/{file} here; train that stage first, or name its --run")
+        raise Refused(f"no runs/*/{file} here; train that stage first, or name its --run")
     print(f"run: {found[-1].parent}")
     return found[-1].parent
 
@@ -445,146 +530,148 @@ def write(path, content):
         buffer = io.BytesIO()
         content(buffer)
         content = buffer.getbuffer()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise Refused(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
-def one_cycle(optimiser, n_steps):
-    """Learning rate: a tenth of n_steps up to the optimiser's own, then to nearly 0 by a cosine."""
-    # at least 11 steps: at 10 OneCycleLR's warm-up has no length, and it divides by that
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, optimiser.defaults["lr"], total_steps=max(11, n_steps), pct_start=0.1,
-        cycle_momentum=False)
+def one_cycle(done):
+    """Share of the highest rate after a share `done` of the steps: up to 1 over the first tenth,
+    then down to 0, both by a cosine (Smith and Topin 2019)."""
+    if done < 0.1:
+        return 0.52 - 0.48 * math.cos(math.pi * done / 0.1)
+    return 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
 
 
-def finite_means(losses, names, epoch, run):
-    """Log record of an epoch: the means by name of its losses, a list of (terms,) tensors.
+def replayed(step, device, eager=False):
+    """The step, a function of no arguments, so that on CUDA one launch runs all of its kernels.
 
-    Waits for the device. ValueError naming the first term that is not finite, and its step.
+    Three calls run as they are; the fourth is captured as a CUDA graph, which is replayed from then
+    on. So the step must work on the same tensors at each call and wait for nothing, and the tensors
+    that it returns are overwritten by the next call.
     """
-    values = torch.stack(losses).cpu()  # (steps,terms)
-    for step, term in (~values.isfinite()).nonzero().tolist():
-        raise ValueError(
-            f"{names[term]} became {values[step, term]} in epoch {epoch + 1}, step {step + 1}; the "
-            f"last checkpoint in {run}, if any, is kept. Try a lower --lr, or look for outliers")
-    return {"epoch": epoch + 1} | dict(zip(names, values.mean(0).tolist()))
+    if device.type == "cpu" or eager:
+        return step
+
+    def calls():
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        for _ in range(3):  # real steps, which also set up what a capture may not
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = step()
+            torch.cuda.current_stream().wait_stream(stream)
+            yield outputs
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = step()
+        except RuntimeError as error:
+            raise Refused(f"this step can't be captured; --eager runs it as it is: {error}")
+        while True:
+            graph.replay()
+            yield outputs
+
+    return calls().__next__
 
 
-def write_log(path, log):
-    """Write a .jsonl file: one record a line."""
-    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
+def record(sums, log, step, run):
+    """Log record: means by name of the terms summed since the last record. Waits for the device.
+
+    Refused naming the terms that are not finite.
+    """
+    first = log[-1]["step"] if log else 0
+    terms = {name: value.item() / (step - first) for name, value in sums.items()}
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        raise Refused(f"{', '.join(bad)} not finite in steps {first + 1} to {step}; the last "
+                      f"checkpoint in {run} is kept. Try a lower --lr, or look for outliers")
+    return {"step": step} | terms
 
 
-def save(path, parts, flags, log, constants):
-    """Write a checkpoint: all that `restore` and `rebuild` need, in plain types."""
-    state = {name: part.state_dict() for name, part in parts.items()} | constants
-    state |= {"log": log, "epoch": len(log), "rng": torch.get_rng_state()}
-    here_only = ("run", "resume", "device", "save_every")
-    state["flags"] = {k: v for k, v in flags.items() if k not in here_only}
+def save(path, parts, constants, log, args):
+    """Write a checkpoint of plain types, all that `restore` and `rebuild` need, and its .jsonl.
+
+    parts: {name: module or optimizer}, kept by their state. constants: the stage, and the like.
+    """
+    here_only = ("run", "data_dir", "resume", "device", "eager")
+    checkpoint = {name: part.state_dict() for name, part in parts.items()} | constants
+    checkpoint |= {"log": log, "rng": torch.get_rng_state(),
+                   "flags": {k: v for k, v in vars(args).items() if k not in here_only}}
     if torch.cuda.is_initialized():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    write(path, lambda file: torch.save(state, file))
-
-
-def epochs(run, parts, flags, log, constants):
-    """Yield the number, from 0, of each epoch that is left; the caller puts its record into log.
-
-    Then the log is written, and where it is due the checkpoint. Ctrl-C or SIGTERM saves after
-    the epoch and leaves, with a line on how to go on; a second one kills. parts: {name: module,
-    optimiser or schedule}, saved by their state. flags: of the command line, {name: value}.
-    constants: {name: anything plain}, with the stage.
-    """
-    received = []
-
-    def note(signum, frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    name = f"stage{constants['stage']}"
-    write_log(run / f"{name}.jsonl", log)  # a resumed run forgets the epochs after its checkpoint
-    last = flags["epochs"]
-    for epoch in tqdm(range(len(log), last), initial=len(log), total=last):
-        yield epoch
-        write_log(run / f"{name}.jsonl", log)
-        stop = bool(received)  # read once: a signal may come between two looks
-        if stop or len(log) % flags["save_every"] == 0 or len(log) == last:
-            save(run / f"{name}.pt", parts, flags, log, constants)
-        if stop:
-            sys.exit(f"stopped after epoch {len(log)}; go on with --run {run} --resume")
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+        checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    write(path.with_suffix(".jsonl"), lines.encode())
+    write(path, lambda file: torch.save(checkpoint, file))
 
 
 def load_checkpoint(path, stage):
-    """Checkpoint of that stage, on the CPU; plain types only. ValueError for any other file."""
+    """Checkpoint of that stage, on the CPU; plain types only. Refused for any other file."""
     if not path.exists():
-        raise ValueError(f"{path}: not there; run train_stage{stage}.py first, or see --run")
+        raise Refused(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        expected = {"arguments", "flags", "log", "rng", "epoch"}
-        expected |= {"model", "shape"} if stage == 1 else {"prior", "codes"}
-        if state["stage"] == stage and expected <= set(state):
+        if state["stage"] == stage and {"flags", "rng", "log", "model"} <= set(state):
             return state
         reason = f"it is of stage {state['stage']} and holds {sorted(state)}"
     except Exception as error:  # what an unpickler raises depends on the bytes
         reason = type(error).__name__
-    raise ValueError(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
+    raise Refused(f"{path}: not a whole stage-{stage} checkpoint of these scripts ({reason})")
 
 
 def resume(parser, args, path, stage):
     """The flags to go on with, and the checkpoint at `path` if --resume is given, else None.
 
-    Flags not given take the checkpoint's values; those given must agree with it.
+    Flags not given take the checkpoint's values; those given must agree with it, but for the data
+    set, whose bytes are compared.
     """
     if not args.resume:
         if path.exists():
-            raise ValueError(f"{path} exists; go on from it by --resume, or choose another --run")
+            raise Refused(f"{path} exists; go on from it by --resume, or choose another --run")
         return args, None
-    if not path.exists():
-        raise ValueError(f"{path}: not there, so nothing to --resume; leave it out, or see --run")
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()
     wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value}"
-             for name, value in state["flags"].items() if value != getattr(args, name)]
+             for name, value in state["flags"].items()
+             if value != getattr(args, name) and name != "dataset"]
     if wrong:
         parser.error(f"{' and '.join(wrong)} in {path}")
-    if state["epoch"] == args.epochs:
-        print(f"{path}: all {args.epochs} epochs are done already")
     return args, state
 
 
 def restore(state, parts):
-    """Load a checkpoint (or None) into parts and the random state -> its log, a record an epoch.
+    """Load a checkpoint (or None) into its parts by name, and the random state -> its log.
 
-    ValueError if it does not fit.
+    Optimizers keep the rate and the switches that they were made with here.
     """
     if state is None:
         return []
-    try:
-        for name, part in parts.items():
+    for name, part in parts.items():
+        if not isinstance(part, torch.optim.Optimizer):
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-    except (KeyError, RuntimeError, TypeError):
-        raise ValueError("the checkpoint does not fit the script here; start again") from None
+            continue
+        groups = part.param_groups
+        part.load_state_dict(part.state_dict() | {"state": state[name]["state"]})
+        part.param_groups = groups
+    torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
     return state["log"]
 
 
-def rebuild(kind, arguments, weights, device):
-    """The model of a checkpoint, frozen and in eval mode. ValueError if the weights do not fit."""
+def rebuild(kind, state, device):
+    """The model of a checkpoint, frozen and in eval mode. Refused if its weights do not fit."""
     try:
-        model = kind(**arguments).to(device)
-        model.load_state_dict(weights)
+        model = kind(**state["arguments"]).to(device)
+        model.load_state_dict(state["model"])
     except (RuntimeError, TypeError):
-        raise ValueError(f"a checkpoint's weights do not fit the {kind.__name__} here") from None
+        raise Refused(f"a checkpoint's weights do not fit the {kind.__name__} here") from None
     return model.eval().requires_grad_(False)
 
 
@@ -594,39 +681,16 @@ def in_batches(function, x):
     return torch.cat([function(rows) for rows in x.split(500)])
 
 
-def load_again(stage1, device):
-    """The data set of a stage-1 checkpoint; ValueError if its shape has changed."""
-    if stage1["epoch"] < stage1["flags"]["epochs"]:
-        print(f"stage 1 stopped after epoch {stage1['epoch']} of {stage1['flags']['epochs']}")
-    name = stage1["flags"]["dataset"]
-    d = load(name, stage1["flags"]["data_dir"], device)
-    shape = [len(d.classes), *d.x_train.shape]
-    if shape != stage1["shape"]:
-        raise ValueError(f"{name} has changed since stage 1: classes, training series, channels, "
-                         f"length were {stage1['shape']}, are {shape}")
-    return d
-
-
-def report(run, part, metrics):
+def report(run, part, figures):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
     try:
         known = dict(json.loads(path.read_text())) if path.exists() else {}
-        if part.startswith("stage"):  # a resumed stage that had nothing left to do keeps its times
-            metrics = known.get(part, {}) | metrics
     except (ValueError, TypeError):
-        raise ValueError(f"{path}: not figures of these scripts; move it away") from None
-    write(path, json.dumps(known | {part: metrics}, indent=2).encode())
-    print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-
-def cost(began, n_steps, B, device):
-    """Time and rate of n_steps of B series since `began`; peak MiB, on the CPU of the process."""
-    unit = 1 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    seconds = (time.perf_counter() - began) / max(1, n_steps)
-    figures = {"seconds_per_step": seconds, "series_per_second": B / seconds} if n_steps else {}
-    return figures | {"peak_MiB": peak / 2**20}
+        raise Refused(f"{path}: not figures of these scripts; move it away") from None
+    lost = [name for name, value in figures.items() if not math.isfinite(value)]
+    if lost:
+        print(f"warning: {', '.join(lost)} not finite, null in {path}; look for outliers")
+    known[part] = {k: None if k in lost else value for k, value in figures.items()}
+    write(path, json.dumps(known, indent=2, allow_nan=False).encode())
+    print(f"{run} {part}:", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -5,9 +5,10 @@
     MaskGIT                   the bidirectional transformer
     guided                    its logits under a class label, with guidance
     decode                    iterative decoding of masked entries (thesis 0.2.2)
+    revise                    an addition to it: rounds that draw improbable entries anew
     nll_bound                 how well a prior knows given sequences
 
-`decode` and `nll_bound` take a function s_M (B,N) -> logits (B,N,K), not a model.
+`decode`, `revise` and `nll_bound` take a function s_M (B,N) -> logits (B,N,K), not a model.
 
 Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guidance), Uria et al.
 2014 (the any-order bound).
@@ -26,8 +27,6 @@ import torch.nn.functional as F
 SCHEDULES = {
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
-    "cubic": lambda r: 1 - r**3,
 }
 
 
@@ -45,18 +44,18 @@ def mask_tokens(s, schedule="cosine"):
     """is_masked (B,N) for training: ceil(gamma(r) N) random entries a row, r ~ U(0,1) per row.
 
     With the cosine schedule a row has 2/pi of its entries masked on average (and up to 1/N more by
-    rounding up), with the linear one, which train_stage2.py prefers, half; never none.
+    rounding up), with the linear one half; never none.
     """
     B, N = s.shape
-    # NOTE(differs): two public code bases keep this share and mask the rest
+    # fix: two public code bases keep this share and mask the rest
     n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp_min(1)
     return random_subset(n_masked, N)
 
 
 def masked_cross_entropy(logits, s, is_masked):
     """Mean K-way cross-entropy over the masked entries only: logits (B,N,K), s (B,N) -> scalar."""
-    # NOTE(differs): the thesis says binary cross-entropy, but an entry has K outcomes
-    # NOTE(differs): and of all entries, but known ones are in the input and teach nothing
+    # fix: the thesis says binary cross-entropy, but an entry has K outcomes; and of all entries,
+    # but known ones are in the input and teach nothing
     losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")  # (B,N)
     return losses.where(is_masked, 0).sum() / is_masked.sum()
 
@@ -66,40 +65,33 @@ class MaskGIT(nn.Module):
 
     K: codes. N: sequence length. n_classes: 0 for unlabelled data. The output weights are the
     token embedding. label_dropout: probability that a label is hidden from the model, in training
-    only, which is what makes guidance and unconditional sampling possible. n_shifts: odd; the
-    series are learned under this many shifts in time, told by their number (`shift`, (B) in
-    0..n_shifts-1). Not told, the model takes the middle one, no shift (as Jun et al. 2020 do).
+    only, which is what makes guidance and unconditional sampling possible.
     """
 
-    # NOTE(differs): published width 256, 2 heads
-    def __init__(self, K, N, n_classes=0, n_shifts=1, width=128, n_layers=4, n_heads=4,
+    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, dropout=0.0,
                  label_dropout=0.2):
         super().__init__()
         self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
-        self.shifts = nn.Embedding(n_shifts, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
-            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout=0, activation="gelu",
+            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout, "gelu",
                                        batch_first=True, norm_first=True)
             for _ in range(n_layers)
         ))
         self.norm = nn.LayerNorm(width)
         self.bias = nn.Parameter(torch.zeros(K))
-        for table in (self.tokens.weight, self.classes.weight, self.shifts.weight, self.positions):
+        for table in (self.tokens.weight, self.classes.weight, self.positions):
             nn.init.normal_(table, std=0.02)
 
-    def forward(self, s_M, y=None, shift=None):
+    def forward(self, s_M, y=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
-        if self.training:  # NOTE(differs): elsewhere it stays on while sampling
+        if self.training:  # fix: in public code it stays on while sampling
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
-        if shift is None:
-            shift = torch.full_like(y, self.shifts.num_embeddings // 2)
-        condition = self.classes(y) + self.shifts(shift)
-        h = torch.cat([condition[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
+        h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
         h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h @ self.tokens.weight[:-1].T + self.bias
 
@@ -126,49 +118,61 @@ def gumbel_like(x):
     return -torch.empty_like(x).exponential_().log()
 
 
+def draw(log_p, temperature):
+    """Tokens (B,N) of log_p (B,N,K), softened by temperature; 0 takes the likeliest."""
+    return (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
+
+
+def log_p_of(s, log_p):
+    """Log-probability (B,N) that log_p (B,N,K) gives to each token of s (B,N)."""
+    return log_p.gather(2, s[..., None])[..., 0]
+
+
 @torch.no_grad()
-def decode(logits_fn, s_M, mask_id, n_steps=10, schedule="cosine", temperature=1.0,
-           choice_temperature=8.0, n_revisions=8):
+def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperature=4.5,
+           schedule="cosine"):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps reads s_M^(t-1), draws every masked entry from its own distribution
     (softened by temperature), scores each draw by its unsoftened log-probability plus Gumbel noise
     times choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where n is
     the number masked at first. Known entries stay; at least one entry is settled a step.
-
-    Each of n_revisions rounds after that masks the n // 4 entries whose present token has the
-    lowest log-probability plus Gumbel noise, and refills them in three such steps. A heuristic:
-    these logits are read at known entries, where the training loss is never taken. MaskGIT's own
-    rule is choice_temperature 4.5 without revisions.
-
-    Returns s_M, then the canvas after each step and each revision, (1 + n_steps + n_revisions,B,N);
-    the last is complete.
     """
-    is_given = s_M != mask_id
-    n = (~is_given).sum(1, keepdim=True)  # (B,1)
-    canvases = [s_M]
+    n = (s_M == mask_id).sum(1, keepdim=True)  # (B,1)
     for t in range(1, n_steps + 1):
         r = torch.tensor(t / n_steps)
         is_masked = s_M == mask_id
         log_p = logits_fn(s_M).log_softmax(-1)
-        drawn = (log_p / max(temperature, 1e-8) + gumbel_like(log_p)).argmax(-1)
-        score = log_p.gather(2, drawn[..., None])[..., 0]
-        # NOTE(differs): MaskGIT has 4.5; with less noise only probable draws are kept, which works
-        # like a lower temperature
+        drawn = draw(log_p, temperature)
+        score = log_p_of(drawn, log_p)
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
         n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # so that 7.9999999 counts as 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
-        canvases.append(s_M)
-    for _ in range(n_revisions):  # NOTE(differs): MaskGIT never looks back
-        log_p = logits_fn(s_M).log_softmax(-1).gather(2, s_M[..., None])[..., 0]
-        score = (log_p + gumbel_like(log_p)).where(~is_given, math.inf)
-        s_M = s_M.masked_fill(lowest(score, n // 4), mask_id)
-        s_M = decode(logits_fn, s_M, mask_id, 3, schedule, temperature, choice_temperature,
-                     n_revisions=0)[-1]
-        canvases.append(s_M)
-    return torch.stack(canvases)
+    return s_M
+
+
+@torch.no_grad()
+def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.4, temperature=1.0):
+    """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
+
+    A round masks a share of the entries and draws them anew; the share falls linearly to 0. First
+    come those whose log-probability falls furthest below its expectation, the negative entropy (so
+    that entries that are uncertain anyway are not singled out, which costs variety), plus Gumbel
+    noise. The same pass gives these figures for the next round: of new entries, and of the others
+    as read at themselves, where the training loss is never taken (a heuristic). The first round
+    chooses at random.
+    """
+    # addition: MaskGIT never looks back; .07 more of the series are well-formed (--rounds 0)
+    n, excess = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
+    for i in range(n_rounds):
+        score = (excess + gumbel_like(excess)).where(~is_given, math.inf)
+        is_masked = lowest(score, (share * (1 - i / n_rounds) * n).round())
+        log_p = logits_fn(s.masked_fill(is_masked, mask_id)).log_softmax(-1)
+        s = s.where(~is_masked, draw(log_p, temperature))
+        excess = log_p_of(s, log_p) + torch.special.entr(log_p.exp()).sum(-1)
+    return s
 
 
 @torch.no_grad()

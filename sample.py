@@ -5,7 +5,7 @@
     python sample.py --impute 40:70
 
 Leaves in the run folder: metrics.json, and samples.npz (x (n,C,L) in the data's own units, y (n)
-the names of their classes, "" without one, s (n,N)), samples.png, decoding.png; or imputed.npz
+the names of their classes, "" without one, s (n,N)) and samples.png; or imputed.npz
 (x (n,10,C,END-START)) and imputed.png.
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
@@ -13,8 +13,10 @@ own training split; so their values compare with each other, not with those of o
 
 import argparse
 import math
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
-from maskgit import SCHEDULES, MaskGIT, decode, guided
+from maskgit import MaskGIT, decode, guided, revise
 from vqvae import VQVAE
 
 style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
@@ -35,30 +37,30 @@ N_FILLINGS = 10  # of each series to impute
 
 def flags():
     """The command line."""
-    parser = argparse.ArgumentParser(description="Generate series from a trained run.")
+    parser = argparse.ArgumentParser(description="Generate series from a trained run.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--n", type=data.number(int, 1, 10**6), default=1000, help="series (default 1000)")
-    add("--label", default="all", help="a class; all: as often as in training; none: unconditional "
-        "(default all)")
+    add("--n", type=data.number(int, 1, 10**6), default=1000, help="series")
+    add("--label", metavar="CLASS", help="this class alone (None: as often as in training)")
+    add("--unconditional", action="store_true", help="without a class")
     add("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
-    add("--evaluate", action="store_true", help="FID, inception score, CAS and novelty as well")
-    add("--fcn-steps", type=data.number(int, 1),
-        help="training steps, of batch 64, of each classifier behind --evaluate (default 1000)")
+    add("--evaluate", action="store_true",
+        help="novelty and, where there are labels, FID, inception score and CAS as well")
+    add("--fcn-steps", type=data.number(int, 1), default=1000,
+        help="training steps, of batch 64, of each classifier behind --evaluate")
+    add("--dataset", help="where the data of stage 1 are now (None: where they were)")
+    add("--data-dir", default="data", help="where UCR files are")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
-        help="uniform draws every code alike, as this part of the thesis did (default maskgit)")
-    add("--steps", type=data.number(int, 1, 100), default=10, help="T (default 10)")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(t/T) (default cosine)")
-    add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens (default 1)")
-    add("--choice-temperature", type=data.number(float, 0), default=8.0,
-        help="of the order in which entries are settled (default 8; MaskGIT 4.5)")
-    add("--revisions", type=data.number(int, 0, 100), default=8,
-        help="rounds that redraw a quarter, improbable entries first (default 8; MaskGIT has none)")
-    add("--guidance", type=data.number(float, 0, 100), default=1.0,
-        help="scale; 1 is none (default 1)")
+        help="uniform draws every code alike, as this part of the thesis did")
+    add("--steps", type=data.number(int, 1, 100), default=10, help="T")
+    add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens")
+    add("--guidance", type=data.number(float, 0, 100), default=1.0, help="scale; 1 is none")
+    add("--rounds", type=data.number(int, 0, 100), default=10,
+        help="addition: rounds that draw improbable tokens anew; 0 is without")
     add("--noise", type=data.number(float, 0, 100), default=1.0,
-        help="Gaussian noise on x^, in units of the decoder's deviation (default 1; published 0)")
+        help="addition: white noise on x^, in units of that of the data; 0 is without")
     return data.run_flags(parser, trains=False)
 
 
@@ -70,28 +72,30 @@ def stretch(text):
     return start, end
 
 
-def uniform(s_M, K):
+def uniform(K, s_M, y=None):
     """Logits (B,N,K) of the prior that this part of the thesis used: every code alike."""
-    # NOTE(differs): the follow-up's learned prior is the default here
     return torch.zeros(*s_M.shape, K, device=s_M.device)
 
 
-def generate(vqvae, prior, y, s_M, args):
-    """s_M (B,N) decoded under labels y (B) or None -> s (B,N), x (B,C,L), canvases of row 0.
-
-    args: the flags of `decoding`; prior: None for the uniform one.
-    """
-    parts, K = [], len(vqvae.quantiser.codes)
+def generate(prior, K, y, s_M, steps, temperature, guidance, rounds):
+    """s_M (B,N), [MASK] being K, decoded under labels y (B) or None -> s (B,N)."""
+    parts = []
     size = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
     for i in tqdm(range(0, len(s_M), size), desc="decoding", leave=False):
-        labels = None if y is None else y[i : i + size]
-        logits_fn = guided(prior, labels, args.guidance) if prior else partial(uniform, K=K)
-        canvases = decode(logits_fn, s_M[i : i + size], K, args.steps, args.schedule,
-                          args.temperature, args.choice_temperature, args.revisions)
-        x = vqvae.detokenise(canvases[-1], args.noise)
-        parts.append((canvases[-1].clone(), x, canvases[:, 0].clone()))  # lets the rest go
-    s, x, canvases = zip(*parts)
-    return torch.cat(s), torch.cat(x), canvases[0]
+        canvas, labels = s_M[i : i + size], None if y is None else y[i : i + size]
+        logits_fn = guided(prior, labels, guidance)
+        s = decode(logits_fn, canvas, K, steps, temperature)
+        parts.append(revise(logits_fn, s, canvas != K, K, rounds, temperature=temperature))
+    return torch.cat(parts)
+
+
+def to_series(vqvae, s, noise):
+    """s (B,N) -> x^ plus noise times the data's own white noise, (B,C,L)."""
+    x_hat = vqvae.detokenize(s)
+    return x_hat + noise * vqvae.noise(s) if noise else x_hat
+
+
+# ---- how good they are --------------------------------------------------------------------------
 
 
 def train_fcn(x, y, n_classes, n_steps, name):
@@ -105,13 +109,13 @@ def train_fcn(x, y, n_classes, n_steps, name):
         layers += [nn.BatchNorm1d(D), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, n_classes)]
     fcn = nn.Sequential(*layers).to(x.device)
-    optimiser = torch.optim.AdamW(fcn.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
+    optimizer = torch.optim.AdamW(fcn.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in tqdm(range(n_steps), desc=f"classifier on {name}", leave=False):
         rows = torch.randint(len(x), (min(64, len(x)),), device=x.device)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(fcn(x[rows]), y[rows]).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return fcn.eval()
 
@@ -137,77 +141,125 @@ def inception_score(logits):
 
 
 def nearest_distance(x, x_train):
-    """Mean distance of each x (B,C,L) to its nearest training series."""
+    """Median distance of the x (B,C,L) to their nearest training series."""
     x_train = x_train.flatten(1)
-    return data.in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).mean().item()
+    return data.in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).median().item()
 
 
-def evaluate(vqvae, d, x, y, args):
+def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
     real: FID of one half of the test split from the other (fewer series, so no lower bound), CAS of
     the training split. reconstructed: what the tokens allow, of both splits reconstructed.
-    novelty: mean distance of generated series to their nearest training series over that of the
-    reconstructed test split (1 as new as these, 0 copies).
     """
-    def reconstruct(rows):
-        return vqvae.detokenise(vqvae.tokenise(rows), args.noise)
-
-    x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
-    n_classes, n_steps = len(d.classes), args.fcn_steps or 1000
-    fcn = train_fcn(d.x_train, d.y_train, n_classes, n_steps, "real")
+    fcn = train_fcn(d.x_train, d.y_train, len(d.classes), fcn_steps, "real")
     real = data.in_batches(fcn[:-1], d.x_test)
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
-    metrics = {}
+    figures = {}
     for name, sample, train_x, train_y in (
         ("real", d.x_test, d.x_train, d.y_train),
         ("reconstructed", x_rec, x_train_rec, d.y_train),
         ("generated", x, x, y),
     ):
-        judge = fcn if name == "real" else train_fcn(train_x, train_y, n_classes, n_steps, name)
-        a, b = halves if name == "real" else (real, data.in_batches(fcn[:-1], sample))
+        is_real = name == "real"
+        judge = fcn if is_real else train_fcn(train_x, train_y, len(d.classes), fcn_steps, name)
+        a, b = halves if is_real else (real, data.in_batches(fcn[:-1], sample))
         is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
-        metrics[f"fid_{name}"] = frechet_distance(a, b)
-        metrics[f"inception_{name}"] = inception_score(data.in_batches(fcn, sample))
-        metrics[f"cas_{name}"] = is_right.float().mean().item()
-    metrics["novelty"] = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
-    return metrics
+        figures[f"fid_{name}"] = frechet_distance(a, b)
+        figures[f"inception_{name}"] = inception_score(data.in_batches(fcn, sample))
+        figures[f"cas_{name}"] = is_right.float().mean().item()
+    return figures
 
 
-def draw_samples(run, d, x, y):
-    """Real series above generated ones, the same axes, a column a class, at most 10."""
-    columns = range(min(10, len(d.classes))) if y is not None else [None]
-    figure = Figure(figsize=(max(5, 2.3 * len(columns)), 5.4), layout="constrained")
-    axes = figure.subplots(6, len(columns), sharex=True, sharey=True, squeeze=False)
-    for column, c in enumerate(columns):
-        for half, (v, labels) in enumerate(((d.x_test, d.y_test), (x, y))):
+def fit_two_steps(x):
+    """Best two flat patterns of a TwoPatterns series x (n,128), by least squares over all pairs.
+
+    Returns whether x is well-formed (at most 6 samples off by over half a level, at most 3 of them
+    inside a pattern), its class 0..3, and start, first length, gap, second length.
+    """
+    T, l = torch.tensor([(t, l) for l in range(16, 33) for t in range(129 - l)], device=x.device).T
+    middle, end = T + (l + 1) // 2, T + l
+    level = x.abs().topk(24, 1).values.median(1, keepdim=True).values
+    total = F.pad(x.cumsum(1), (1, 0))
+    fall = 2 * total[:, middle] - total[:, T] - total[:, end]  # of first half over second
+    cost = l * level**2 - 2 * level * fall.abs()  # against a background of zero
+    until = torch.full_like(total, math.inf).scatter_reduce(1, end.expand_as(cost), cost, "amin")
+    since = torch.full_like(total, math.inf).scatter_reduce(1, T.expand_as(cost), cost, "amin")
+    cut = until.cummin(1).values + since.flip(1).cummin(1).values.flip(1)
+    cut = cut.argmin(1, keepdim=True)
+    best = torch.stack([cost.where(end <= cut, math.inf).argmin(1),
+                        cost.where(T >= cut, math.inf).argmin(1)])  # (2,n)
+    t, shape = torch.arange(128, device=x.device), 0
+    for i in best:
+        sign = fall.gather(1, i[:, None]).sign()
+        first, second, last = (v[i][:, None] for v in (T, middle, end))
+        inside = ((t >= first) & (t < last)).float()
+        shape = shape + sign * level * inside * torch.where(t < second, 1.0, -1.0)
+    is_off = (x - shape).abs() > 0.5 * level
+    ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
+    is_up = torch.stack([fall.gather(1, i[:, None])[:, 0] < 0 for i in best])
+    params = T[best[0]], l[best[0]], T[best[1]] - end[best[0]], l[best[1]]
+    return ok, is_up[0] + 2 * is_up[1], params
+
+
+def ks_distance(a, b):
+    """Kolmogorov-Smirnov distance of two samples (n), (m): 0 alike, 1 apart."""
+    values = torch.cat([a, b]).unique()
+    below_a, below_b = ((v[:, None] <= values).float().mean(0) for v in (a, b))
+    return (below_a - below_b).abs().max().item()
+
+
+def two_patterns_scores(x_rec, y_rec, x, y):
+    """Share of TwoPatterns series that are well-formed and of their class, and how far generated
+    ones x, y are from reconstructed ones in the distributions of start, lengths and gap."""
+    figures, parameters = {}, []
+    for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
+        ok, label, fitted = fit_two_steps(v[:, 0])
+        is_good = ok & (label == labels)
+        figures[f"well_formed_{name}"] = is_good.float().mean().item()
+        parameters.append([values[is_good] for values in fitted])
+    for name, a, b in zip(("start", "first_length", "gap", "second_length"), *parameters):
+        figures[f"ks_{name}"] = ks_distance(a, b) if len(a) and len(b) else 1.0
+    return figures
+
+
+def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
+    """Novelty of x and, with labels y, `scores` and `two_patterns_scores`, by name.
+
+    Novelty: median distance of generated series to their nearest training series over that of the
+    reconstructed test split: 1 as new as these, 0 copies. Reconstructions have the drawn noise too.
+    """
+    def reconstruct(rows):
+        return to_series(vqvae, vqvae.tokenize(rows), noise)
+
+    x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
+    figures = {"novelty": nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)}
+    if y is not None and min(len(x), len(d.x_test)) >= 4:
+        figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
+    if y is not None and is_two_patterns:
+        figures |= two_patterns_scores(x_rec, d.y_test, x, y)
+    return figures
+
+
+# ---- pictures and the script --------------------------------------------------------------------
+
+
+def draw_samples(run, x, y, classes, d):
+    """Generated series, a column a class, at most 10; above them real ones, if d is not None."""
+    columns = range(min(10, len(classes))) if y is not None else [None]
+    kinds = [("real", d.x_test, d.y_test, "0.3")] if d else []
+    kinds.append(("generated", x, y, "C0"))
+    figure = Figure(figsize=(max(5, 2.3 * len(columns)), 2.7 * len(kinds)), layout="constrained")
+    axes = figure.subplots(3 * len(kinds), len(columns), sharex=True, sharey=True, squeeze=False)
+    for k, (kind, v, labels, color) in enumerate(kinds):
+        for column, c in enumerate(columns):
             rows = v if c is None else v[labels == c]
             for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
-                axes[3 * half + i, column].plot(row[0].cpu(), lw=1, color=("0.3", "C0")[half])
-        axes[0, column].set_title("all" if c is None else f"class {d.classes[c]}", fontsize=10)
-        axes[-1, column].set_xlabel("time step")
-    for row, axis in enumerate(axes[:, 0]):
-        axis.set_ylabel("real" if row < 3 else "generated", fontsize=9)
-    figure.supylabel("x, scaled", fontsize=9)
+                axes[3 * k + i, column].plot(row[0].cpu(), lw=1, color=color)
+            axes[0, column].set_title("all" if c is None else f"class {classes[c]}", fontsize=10)
+            axes[-1, column].set_xlabel("time step")
+        axes[3 * k + 1, 0].set_ylabel(f"{kind}, scaled", fontsize=9)
     data.write(run / "samples.png", figure.savefig)
-
-
-def draw_decoding(run, canvases, n_steps, grid, K):
-    """The token grid of one series after each step and revision; white is [MASK]."""
-    columns = min(7, len(canvases))
-    rows = math.ceil(len(canvases) / columns)
-    figure = Figure(figsize=(1.4 * columns, 1.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for t, (axis, s) in enumerate(zip(axes, canvases)):
-        s = np.ma.masked_equal(s.view(grid).cpu().numpy(), K)
-        axis.imshow(s, vmin=0, vmax=K - 1, origin="lower", cmap="viridis", aspect="auto")
-        name = f"{t}: {(s.data == K).sum()} masked" if t <= n_steps else "revised"
-        axis.set_title(name, fontsize=8)
-    figure.supxlabel("time (column of the grid)", fontsize=9)
-    figure.supylabel("frequency (row)", fontsize=9)
-    data.write(run / "decoding.png", figure.savefig)
 
 
 def impute(run, vqvae, prior, d, args):
@@ -220,16 +272,19 @@ def impute(run, vqvae, prior, d, args):
     ends = (before if start else after), (after if end < vqvae.L else before)
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
-    (n_rows, n_columns), K = vqvae.grid, len(vqvae.quantiser.codes)
     # samples of each column: frames are centred at multiples of hop
+    n_rows, n_columns = vqvae.grid
     first = torch.arange(n_columns, device=x.device) * vqvae.stride - vqvae.hop / 2
     last = first + vqvae.stride
     last[-1] = vqvae.L  # halving drops odd columns, so the rest is the last one's
     is_touched = ((first < end) & (last > start)).repeat(n_rows)
-    s_M = data.in_batches(vqvae.tokenise, hidden).masked_fill(is_touched, K)
-    _, filled, _ = generate(vqvae, prior, None, s_M.repeat_interleave(N_FILLINGS, 0), args)
+    K = len(vqvae.quantizer.codebook)
+    s_M = data.in_batches(vqvae.tokenize, hidden).masked_fill(is_touched, K)
+    s = generate(prior, K, None, s_M.repeat_interleave(N_FILLINGS, 0), args.steps,
+                 args.temperature, 1.0, args.rounds)
+    filled = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
-    x_own = (filled * d.std + d.mean).cpu()  # in the data's own units
+    x_own = filled.cpu().double() * d.std + d.mean
     data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
     draw_fillings(run, x, filled, hidden, start, end)
     truth = x[:, None, :, start:end]
@@ -259,52 +314,60 @@ def draw_fillings(run, x, filled, hidden, start, end):
     data.write(run / "imputed.png", figure.savefig)
 
 
-if __name__ == "__main__":
-    parser = flags()
-    args = parser.parse_args()
-    device = data.begin(args.seed, args.device)
-    run = args.run or data.newest_run("stage2.pt" if args.prior == "maskgit" else "stage1.pt")
-    stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
-    vqvae = data.rebuild(VQVAE, stage1["arguments"], stage1["model"], device)
-    d = data.load_again(stage1, device)
-    K, N = len(vqvae.quantiser.codes), math.prod(vqvae.grid)
-    prior = None
-    if args.prior == "maskgit":
-        stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
-        if not torch.equal(stage2["codes"], stage1["model"]["quantiser.codes"]):
-            raise ValueError(f"{run}/stage2.pt was trained on the tokens of another stage1.pt")
-        prior = data.rebuild(MaskGIT, stage2["arguments"], stage2["prior"], device)
-    if args.label not in ("all", "none", *d.classes):
-        parser.error(f"--label {args.label}: the classes are {', '.join(d.classes) or 'none'}")
-    if args.impute and args.impute[1] > vqvae.L:
-        parser.error(f"--impute ends at {args.impute[1]}, but the series have {vqvae.L} samples")
-    if args.impute and (args.impute == (0, vqvae.L) or args.evaluate or args.label != "all"):
-        parser.error("--impute takes a part of the series, and neither --label nor --evaluate")
-    if args.prior == "uniform" and (args.evaluate or args.label not in ("all", "none")):
-        parser.error("--prior uniform knows no classes: neither --label nor --evaluate")
-    if args.guidance != 1 and (prior is None or args.impute or args.label == "none"):
-        parser.error("--guidance works by labels; here none is used")
-    if args.fcn_steps and not args.evaluate:
-        parser.error("--fcn-steps is of the classifiers behind --evaluate, which is not given")
-    if args.evaluate and (args.label != "all" or not d.classes or min(args.n, len(d.x_test)) < 4):
-        parser.error("--evaluate needs labels and at least 4 series, of all classes, and 4 to test")
+def check_flags(parser, args, classes, L):
+    """End where flags contradict each other, the run's classes, or the length L of its series."""
+    has_class = args.label is not None
+    if has_class and args.label not in classes:
+        parser.error(f"--label {args.label}: the classes are {', '.join(classes) or 'none'}")
+    if has_class + args.unconditional + bool(args.impute) > 1:
+        parser.error("--label, --unconditional and --impute exclude each other")
+    if args.evaluate and (has_class or args.unconditional or args.impute):
+        parser.error("--evaluate is of series of all classes")
+    if args.prior == "uniform" and (has_class or args.impute or args.evaluate):
+        parser.error("--prior uniform knows no classes: no --label, --impute or --evaluate")
+    if args.impute and (args.impute[1] > L or args.impute == (0, L)):
+        parser.error(f"--impute takes a part of the series, which have {L} samples")
 
-    if args.impute:
-        data.report(run, "imputed", impute(run, vqvae, prior, d, args))
-    else:
-        y = d.y_train if prior is not None and args.label != "none" else None
-        if y is not None:  # classes as often as in training
-            y = y if args.label == "all" else y[y == d.classes.index(args.label)]
-            y = y[torch.randint(len(y), (args.n,), device=device)]
-        s_M = torch.full((args.n, N), K, device=device)
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        parser = flags()
+        args = parser.parse_args()
+        device = data.begin(args.seed, args.device)
+        run = args.run or data.newest_run("stage2.pt" if args.prior == "maskgit" else "stage1.pt")
+        stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
+        vqvae = data.rebuild(VQVAE, stage1, device)
+        classes, K, N = stage1["classes"], len(vqvae.quantizer.codebook), math.prod(vqvae.grid)
+        check_flags(parser, args, classes, vqvae.L)
+        prior = partial(uniform, K)  # follow-up: a learned prior is the default
+        if args.prior == "maskgit":
+            stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
+            if not torch.equal(stage2["codebook"], stage1["model"]["quantizer.codebook"]):
+                raise data.Refused(f"{run}/stage2.pt is of the tokens of another stage1.pt")
+            prior = data.rebuild(MaskGIT, stage2, device)
+        name, d = args.dataset or stage1["flags"]["dataset"], None
+        if args.evaluate or args.impute:
+            d = data.load(name, args.data_dir, device, stage1["digest"])
+
+        if args.impute:
+            data.report(run, "imputed", impute(run, vqvae, prior, d, args))
+            sys.exit()
+        y = None
+        if classes and args.prior == "maskgit" and not args.unconditional:
+            y = torch.tensor(stage1["shares"]).multinomial(args.n, replacement=True).to(device)
+            y = y if args.label is None else torch.full_like(y, classes.index(args.label))
         began = time.perf_counter()
-        s, x, canvases = generate(vqvae, prior, y, s_M, args)
-        cost = data.cost(began, 1, args.n, device)
-        cost["seconds"] = cost.pop("seconds_per_step")
-        names = np.array(d.classes)[y.tolist()] if y is not None else np.full(args.n, "")
-        x_own = (x * d.std + d.mean).cpu()  # in the data's own units
+        s = generate(prior, K, y, torch.full((args.n, N), K, device=device), args.steps,
+                     args.temperature, args.guidance, args.rounds)
+        x = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
+        x_own = x.cpu().double() * stage1["std"] + stage1["mean"]
+        seconds = time.perf_counter() - began
+
+        names = np.array(classes)[y.tolist()] if y is not None else np.full(args.n, "")
         data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
-        draw_samples(run, d, x, y)
-        draw_decoding(run, canvases, args.steps, vqvae.grid, K)
-        metrics = evaluate(vqvae, d, x, y, args) if args.evaluate else {}
-        data.report(run, "samples", metrics | cost)
+        draw_samples(run, x, y, classes, d)
+        figures = {"drawing_seconds": seconds}
+        if d:
+            is_two_patterns = Path(name).stem in ("synthetic", "TwoPatterns")
+            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, is_two_patterns)
+        data.report(run, "samples", figures)

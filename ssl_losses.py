@@ -18,76 +18,86 @@ Notation: B batch, D latent width, F projector width; Y pooled representation (B
 (B,F), C correlation or covariance matrix of features (F,F).
 """
 
-from contextlib import contextmanager
+import functools
 
 import torch
 import torch.nn as nn
 
 
-@contextmanager
-def full_precision(*tensors):
-    """Autocast off, and `tensors` in fp32 (float64 is kept)."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        yield [t if t.dtype == torch.float64 else t.float() for t in tensors]
+def full_precision(function):
+    """Decorator: the function, or method, runs outside autocast and sees no half precision."""
+    @functools.wraps(function)
+    def outside_autocast(*inputs):
+        halves = torch.float16, torch.bfloat16
+        inputs = [v.float() if getattr(v, "dtype", None) in halves else v for v in inputs]
+        device = inputs[-1].device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device if has_autocast else "cpu", enabled=False):
+            return function(*inputs)
+
+    return outside_autocast
 
 
 def off_diagonal_squares(U, V):
-    """sum_{i != j} C_ij^2 of C = U^T V, for U, V (B,F), without the F x F matrix if B < F.
+    """sum_{i != j} C_ij^2 of C = U^T V (F,F), for U, V (B,F).
 
-    ||U^T V||^2 = tr(V^T U U^T V) = sum((U U^T) * (V V^T)), two B x B matrices: exact, and at B 128
-    and F 4096 it is 16 times less work and 512 times less memory. The squared diagonal
-    C_ii = sum_b U_bi V_bi is then taken off.
+    Where B < F it is had from two B x B matrices, without C, as ||U^T V||^2 = tr(V^T U U^T V) =
+    sum((U U^T) * (V V^T)), less the squares of the diagonal C_ii = sum_b U_bi V_bi: exact, and at
+    B 128, F 4096 16 times less work and 512 times less memory.
     """
     if len(U) >= U.shape[1]:
         return (U.T @ V).square().fill_diagonal_(0).sum()
-    # NOTE(differs): public code forms the F x F matrix
     return ((U @ U.T) * (V @ V.T)).sum() - (U * V).sum(0).square().sum()
 
 
-def barlow_twins(Z1, Z2, lambd=0.005):
+@full_precision
+@full_precision
+def barlow_twins(Z1, Z2):
     """Barlow Twins (thesis 0.3.1): (sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2) / F.
 
     C = Z1^T Z2 / B with every feature standardised over the batch, by the biased deviation, so
-    that identical views give C_ii = 1.
+    that identical views give C_ii = 1; lambda is 0.005.
     """
-    with full_precision(Z1, Z2) as (Z1, Z2):
-        B, F = Z1.shape
-        Z1, Z2 = ((Z - Z.mean(0)) / Z.std(0, correction=0).clamp_min(1e-5) for Z in (Z1, Z2))
-        C_diagonal = (Z1 * Z2).mean(0)
-        # NOTE(differs): the paper does not divide by F, the follow-up does
-        return {
-            "invariance": (1 - C_diagonal).square().sum() / F,
-            "redundancy": lambd * off_diagonal_squares(Z1, Z2) / B**2 / F,
-        }
+    B, F = Z1.shape
+    Z1, Z2 = ((Z - Z.mean(0)) / Z.std(0, correction=0).clamp_min(1e-5) for Z in (Z1, Z2))
+    C_ii = (Z1 * Z2).mean(0)
+    # follow-up: divided by F, which the paper does not do
+    return {
+        "invariance": (1 - C_ii).square().sum() / F,
+        "redundancy": 0.005 * off_diagonal_squares(Z1, Z2) / B**2 / F,
+    }
 
 
 def similarity(Z1, Z2):
     """Mean squared distance of the two views, eq. (1): (B,F), (B,F) -> scalar."""
-    # NOTE(differs): eq. (1) sums over the F features; their mean keeps its weight free of F
+    # follow-up: eq. (1) sums over the F features; their mean keeps its weight free of F
     return (Z1 - Z2).square().mean()
 
 
 def expressiveness(Z, gamma=1.0, eps=1e-4):
-    """FcE or variance term: mean_f relu(gamma - sqrt(Var(Z_f) + eps)), Z (B,F).
+    """FcE or variance term: v(Z) = mean_f relu(gamma - sqrt(Var(Z_f) + eps)), Z (B,F).
 
     Holds each feature's deviation over the batch above gamma, so that the views cannot agree by
     all being the same. Var is the 1/(B-1) estimate.
     """
-    # NOTE(differs): the thesis leaves the equation out; this is VICReg's, and the callers sum it
-    # over both branches as its paper does, where its code takes the mean
+    # fix: the thesis leaves the equation out; this is VICReg's, and the losses below sum it over
+    # both branches as its paper does, where its code takes the mean
     return torch.relu(gamma - (Z.var(0) + eps).sqrt()).mean()
 
 
-def vicreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=1.0):
-    """VICReg, weighted as in its paper. Covariance: sum_{i != j} Cov_ij^2 / F of each view."""
-    with full_precision(Z1, Z2) as (Z1, Z2):
-        B, F = Z1.shape
-        centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
-        return {
-            "similarity": sim_weight * similarity(Z1, Z2),
-            "variance": var_weight * (expressiveness(Z1) + expressiveness(Z2)),
-            "covariance": cov_weight * sum(off_diagonal_squares(U, U) / F for U in centred),
-        }
+@full_precision
+def vicreg(Z1, Z2):
+    """VICReg: 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + c(Z1) + c(Z2), weighted as in its paper.
+
+    c(Z) = sum_{i != j} C_ij^2 / F with the covariance C = (Z - Zbar)^T (Z - Zbar) / (B - 1).
+    """
+    B, F = Z1.shape
+    centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
+    return {
+        "similarity": 25 * similarity(Z1, Z2),
+        "variance": 25 * (expressiveness(Z1) + expressiveness(Z2)),
+        "covariance": sum(off_diagonal_squares(U, U) / F for U in centred),
+    }
 
 
 def decorrelation(Z):
@@ -96,20 +106,23 @@ def decorrelation(Z):
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.
     """
-    # NOTE(differs): the text lacks the 1/B in Zbar; its norm is of the whole matrix as printed, and
+    # fix: the text lacks the 1/B in Zbar; its norm is of the whole matrix as printed, and
     # 1/(B-1) belongs to a covariance, not to columns that are normalised already
     U = nn.functional.normalize(Z - Z.mean(0), dim=0)
     return off_diagonal_squares(U, U) / Z.shape[1] ** 2
 
 
-def vbcreg(Z1, Z2, sim_weight=25.0, var_weight=25.0, cov_weight=100.0):
-    """VbCReg (thesis 0.3.2), weighted as in the follow-up (NC-VQVAE, arXiv 2408.16613)."""
-    with full_precision(Z1, Z2) as (Z1, Z2):
-        return {
-            "similarity": sim_weight * similarity(Z1, Z2),
-            "expressiveness": var_weight * (expressiveness(Z1) + expressiveness(Z2)),
-            "decorrelation": cov_weight * (decorrelation(Z1) + decorrelation(Z2)),
-        }
+@full_precision
+def vbcreg(Z1, Z2):
+    """VbCReg (thesis 0.3.2): 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + 100 (FD(Z1) + FD(Z2)).
+
+    Weighted as in the follow-up (NC-VQVAE, arXiv 2408.16613).
+    """
+    return {
+        "similarity": 25 * similarity(Z1, Z2),
+        "expressiveness": 25 * (expressiveness(Z1) + expressiveness(Z2)),
+        "decorrelation": 100 * (decorrelation(Z1) + decorrelation(Z2)),
+    }
 
 
 class IterNorm(nn.Module):
@@ -136,26 +149,29 @@ class IterNorm(nn.Module):
     def whitening(self, centred):
         """Inverse square root of each group's covariance: (G,d,B) -> (G,d,d)."""
         _, d, B = centred.shape
-        P = identity = torch.eye(d, dtype=centred.dtype, device=centred.device)
+        identity = torch.eye(d, dtype=centred.dtype, device=centred.device)
         covariance = centred @ centred.mT / B + self.eps * identity
         trace = covariance.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
         S = covariance / trace
-        for _ in range(self.T):
-            P = 1.5 * P - 0.5 * (P @ P @ P) @ S
+        P = 1.5 * identity - 0.5 * S  # P_1
+        for _ in range(self.T - 1):
+            P = torch.baddbmm(P, P @ P @ P, S, beta=1.5, alpha=-0.5)
         return P / trace.sqrt()
 
     def forward(self, Z):
-        with full_precision(Z) as (Z,):
-            groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
-            if self.training:
-                mean = groups.mean(-1, keepdim=True)
-                P = self.whitening(groups - mean)
-                with torch.no_grad():
-                    self.running_mean.lerp_(mean, self.momentum)
-                    self.running_whitening.lerp_(P, self.momentum)
-            else:
-                mean, P = self.running_mean, self.running_whitening
-            return (P @ (groups - mean)).reshape(-1, len(Z)).T * self.weight + self.bias
+        return full_precision(self.whiten)(Z)
+
+    def whiten(self, Z):
+        groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
+        if self.training:
+            mean = groups.mean(-1, keepdim=True)
+            P = self.whitening(groups - mean)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_whitening.lerp_(P, self.momentum)
+        else:
+            mean, P = self.running_mean, self.running_whitening
+        return (P @ (groups - mean)).reshape(-1, len(Z)).T * self.weight + self.bias
 
 
 def projector(D, F=1024, iternorm=False):
