@@ -133,7 +133,7 @@ def class_name(label, where):
 def text_lines(path):
     """(number from 1, line) of a file's lines that are not blank; what is no UTF-8 is U+FFFD."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" ")]
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" \f\v")]
     if not lines:
         raise Refused(f"{path}: the file is empty; put the series there again")
     return lines
@@ -474,8 +474,8 @@ def one_line_errors():
     except Refused as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; --resume goes on from the last "
-                 "checkpoint, if there is one")
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; in training, --resume goes on from "
+                 "the last checkpoint, if there is one")
 
 
 def number(kind, low, high=math.inf):
@@ -554,8 +554,8 @@ def replayed(step, device, eager=False):
     """The step, a function of no arguments, so that on CUDA one launch runs all of its kernels.
 
     Three calls run as they are; the fourth is captured as a CUDA graph, which is replayed from then
-    on. So the step must work on the same tensors at each call and wait for nothing, and the tensors
-    that it returns are overwritten by the next call.
+    on. So the step must work on the same tensors at each call and wait for nothing, what Python
+    decides in it is decided once, and the tensors that it returns are overwritten by the next call.
     """
     if device.type == "cpu" or eager:
         return step
@@ -571,8 +571,10 @@ def replayed(step, device, eager=False):
         try:
             with torch.cuda.graph(graph, stream=stream):
                 outputs = step()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise Refused(f"this step can't be captured; --eager runs it as it is: {error}")
+            raise Refused(f"this step can't be captured; use --eager: {error}") from error
         while True:
             graph.replay()
             yield outputs
@@ -632,7 +634,7 @@ def resume(parser, args, path, stage):
     """
     if not args.resume:
         if path.exists():
-            raise Refused(f"{path} exists; go on from it by --resume, or choose another --run")
+            raise Refused(f"{path} exists; go on from it by --resume, or move it away")
         return args, None
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
@@ -667,6 +669,9 @@ def restore(state, parts):
 
 def rebuild(kind, state, device):
     """The model of a checkpoint, frozen and in eval mode. Refused if its weights do not fit."""
+    done, steps = state["log"][-1]["step"], state["flags"]["steps"]
+    if done < steps:
+        print(f"stage {state['stage']} has done {done} of {steps} steps; --resume finishes it")
     try:
         model = kind(**state["arguments"]).to(device)
         model.load_state_dict(state["model"])

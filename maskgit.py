@@ -154,20 +154,20 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
 
 
 @torch.no_grad()
-def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.4, temperature=1.0):
+def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, noise=0.5, temperature=1.0):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
     A round masks a share of the entries and draws them anew; the share falls linearly to 0. First
-    come those whose log-probability falls furthest below its expectation, the negative entropy (so
-    that entries that are uncertain anyway are not singled out, which costs variety), plus Gumbel
-    noise. The same pass gives these figures for the next round: of new entries, and of the others
-    as read at themselves, where the training loss is never taken (a heuristic). The first round
-    chooses at random.
+    come those whose log-probability, plus noise times Gumbel noise, falls furthest below its
+    expectation, the negative entropy: entries that are uncertain anyway are not singled out, which
+    would cost variety. The same pass gives these figures for the next round: of new entries, and of
+    the others as read at themselves, where the training loss is never taken (a heuristic). The
+    first round chooses at random.
     """
     # addition: MaskGIT never looks back; .07 more of the series are well-formed (--rounds 0)
     n, excess = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
     for i in range(n_rounds):
-        score = (excess + gumbel_like(excess)).where(~is_given, math.inf)
+        score = (excess + noise * gumbel_like(excess)).where(~is_given, math.inf)
         is_masked = lowest(score, (share * (1 - i / n_rounds) * n).round())
         log_p = logits_fn(s.masked_fill(is_masked, mask_id)).log_softmax(-1)
         s = s.where(~is_masked, draw(log_p, temperature))

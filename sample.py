@@ -233,7 +233,8 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
         return to_series(vqvae, vqvae.tokenize(rows), noise)
 
     x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
-    figures = {"novelty": nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)}
+    of_new = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
+    figures = {"novelty": nearest_distance(x, d.x_train) / of_new}
     if y is not None and min(len(x), len(d.x_test)) >= 4:
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and is_two_patterns:
@@ -246,7 +247,7 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
 
 def draw_samples(run, x, y, classes, d):
     """Generated series, a column a class, at most 10; above them real ones, if d is not None."""
-    columns = range(min(10, len(classes))) if y is not None else [None]
+    columns = y.unique().tolist()[:10] if y is not None else [None]
     kinds = [("real", d.x_test, d.y_test, "0.3")] if d else []
     kinds.append(("generated", x, y, "C0"))
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 2.7 * len(kinds)), layout="constrained")
@@ -343,7 +344,8 @@ if __name__ == "__main__":
         if args.prior == "maskgit":
             stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
             if not torch.equal(stage2["codebook"], stage1["model"]["quantizer.codebook"]):
-                raise data.Refused(f"{run}/stage2.pt is of the tokens of another stage1.pt")
+                raise data.Refused(f"{run}/stage2.pt is of the tokens of another stage1.pt; train "
+                                   "stage 2 anew")
             prior = data.rebuild(MaskGIT, stage2, device)
         name, d = args.dataset or stage1["flags"]["dataset"], None
         if args.evaluate or args.impute:
@@ -368,6 +370,6 @@ if __name__ == "__main__":
         draw_samples(run, x, y, classes, d)
         figures = {"drawing_seconds": seconds}
         if d:
-            is_two_patterns = Path(name).stem in ("synthetic", "TwoPatterns")
+            is_two_patterns = Path(name).stem in ("synthetic", "TwoPatterns") and vqvae.L == 128
             figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, is_two_patterns)
         data.report(run, "samples", figures)

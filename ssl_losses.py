@@ -51,7 +51,6 @@ def off_diagonal_squares(U, V):
 
 
 @full_precision
-@full_precision
 def barlow_twins(Z1, Z2):
     """Barlow Twins (thesis 0.3.1): (sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2) / F.
 
@@ -87,7 +86,7 @@ def expressiveness(Z, gamma=1.0, eps=1e-4):
 
 @full_precision
 def vicreg(Z1, Z2):
-    """VICReg: 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + c(Z1) + c(Z2), weighted as in its paper.
+    """VICReg: 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + c(Z1) + c(Z2), the weights of its paper.
 
     c(Z) = sum_{i != j} C_ij^2 / F with the covariance C = (Z - Zbar)^T (Z - Zbar) / (B - 1).
     """
@@ -158,10 +157,8 @@ class IterNorm(nn.Module):
             P = torch.baddbmm(P, P @ P @ P, S, beta=1.5, alpha=-0.5)
         return P / trace.sqrt()
 
+    @full_precision
     def forward(self, Z):
-        return full_precision(self.whiten)(Z)
-
-    def whiten(self, Z):
         groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
         if self.training:
             mean = groups.mean(-1, keepdim=True)

@@ -142,12 +142,12 @@ def test_stft_round_trip():
         assert torch.allclose(vqvae.istft(u, L), x, atol=1e-5), L
 
 
-@pytest.mark.parametrize("L, width", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])
-def test_shapes_the_plain_autoencoder_and_eval(L, width):
-    model, x = vqvae.VQVAE(L, C=2, K=8, width=width), torch.randn(3, 2, L)
+@pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])
+def test_shapes_the_plain_autoencoder_and_eval(L, columns):
+    model, x = vqvae.VQVAE(L, C=2, K=8, columns=columns), torch.randn(3, 2, L)
     twin, (H, W) = copy.deepcopy(model), model.grid
     # every column begins inside the series
-    assert H == 5 and width / 1.7 <= W <= width * 1.5 and (W - 1) * model.stride - 1 < L
+    assert H == 5 and columns / 1.7 <= W <= columns * 1.5 and (W - 1) * model.stride - 1 < L
     torch.manual_seed(1)
     x_hat, u_hat, s, commitment = model(x)
     torch.manual_seed(1)
@@ -688,7 +688,7 @@ ODD = {  # x_train, y_train, x_test, y_test, steps of three epochs in batches of
 def test_odd_data_through_all_scripts(case, tmp_path):
     x_train, y_train, x_test, y_test, steps = ODD[case]
     path = arrays(tmp_path, x_train, x_test, y_train=y_train, y_test=y_test)
-    run = train(path, tmp_path / "run", ("--codebook-size", 8, "--width", 4), ("--epochs", 3))
+    run = train(path, tmp_path / "run", ("--codebook-size", 8, "--columns", 4), ("--epochs", 3))
     assert torch.load(run / "stage2.pt")["log"][-1]["step"] == steps
     script("sample", "--run", run, "--n", 8, "--evaluate", "--fcn-steps", 2)
     assert {path.name for path in run.iterdir()} == FILES

@@ -29,7 +29,7 @@ style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may b
 SSL_LOSSES = {"none": None, "barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # the thesis does not say w_ssl; the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
 SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.1, "vbcreg": 0.03}
-VIEW_WEIGHT = 0.1  # of the augmented view's reconstruction
+VIEW_WEIGHT = 0.1  # follow-up: of the augmented view's reconstruction, from its continuous z
 LOG_EVERY = 100  # steps
 
 
@@ -47,7 +47,7 @@ def flags():
         help="addition: series are shifted by up to this many columns; 0 is without")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
-    add("--width", type=data.number(int, 1, 4096), default=8,
+    add("--columns", type=data.number(int, 1, 4096), default=8,
         help="W', columns of the latent grid, is the halving of time that comes nearest to this")
     add("--token-noise", type=data.number(float, 0, 1), default=0.2,
         help="addition: highest probability that the decoder sees a random token; 0 is without")
@@ -84,7 +84,7 @@ def replace_tokens(model, z_q, s, highest):
 
 
 def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, token_noise=0.0):
-    """Loss of a batch x (B,C,L), its terms by name before they are weighted, and s (B,N).
+    """Loss of a batch x (B,C,L), its terms by name before VIEW_WEIGHT and w_ssl, and s (B,N).
 
     ssl: a loss of ssl_losses.py, or None for the autoencoder alone; the others as the flags say.
     """
@@ -106,11 +106,12 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     view_mse_x, view_mse_u = F.mse_loss(x_view_hat, x_view), F.mse_loss(u_view_hat, u_view)
 
     # z_q -> Y -> Z and z' -> Y' -> Z'
-    if views == 2:  # follow-up: by default x itself is the other view, the thesis distorts both
-        z_q, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
+    z_q_ssl = z_q
+    if views == 2:  # follow-up: one view is x itself; thesis: both are distorted, the codes see x''
+        z_q_ssl, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
     # follow-up: Y from the codes, whose gradient passes to z unchanged, so that the loss shapes
-    # them; the text has Y and Y' alike. The mean alone: the follow-up has the maximum beside it
-    Y, Y_view = z_q.mean((2, 3)), z_view.mean((2, 3))
+    # them, where the text has Y and Y' alike; but the mean alone, without the maximum beside it
+    Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
     # two calls: the projector's batch norm sees one branch at a time
     ssl_terms = ssl(project(Y), project(Y_view))
 
@@ -197,7 +198,8 @@ def draw_reconstructions(run, model, d):
 
 def draw_curves(run, log):
     """Loss terms before they are weighted, gradient norm and code use over the steps."""
-    left, right = Figure(figsize=(9, 3.4), layout="constrained").subplots(1, 2)
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     curves = {name: [record[name] for record in log] for name in log[0]}
     steps = curves.pop("step")
     right.plot(steps, curves.pop("perplexity"))
@@ -207,8 +209,8 @@ def draw_curves(run, log):
     left.set(yscale="log", xlabel="step", ylabel="loss term; gradient norm")
     left.yaxis.set_major_formatter("{x:g}")  # its default would need parse_math
     left.yaxis.set_minor_formatter("")
-    left.legend(fontsize=7, ncols=2)
-    data.write(run / "stage1.png", left.figure.savefig)
+    figure.legend(fontsize=8, loc="outside right center")
+    data.write(run / "stage1.png", figure.savefig)
 
 
 if __name__ == "__main__":
@@ -229,7 +231,7 @@ if __name__ == "__main__":
         if args.epochs:
             args.steps = args.epochs * max(1, round(n / B))
 
-        arguments = dict(L=L, C=C, K=args.codebook_size, width=args.width)
+        arguments = dict(L=L, C=C, K=args.codebook_size, columns=args.columns)
         model = VQVAE(**arguments).to(device, memory_format=torch.channels_last)
         project = nn.Identity()
         if args.ssl != "none":
@@ -252,8 +254,9 @@ if __name__ == "__main__":
             # addition: shifted in time, else stage 1 learns small sets by heart: test MSE of
             # GunPoint .006 for .014, of TwoPatterns .067 for .085 (--shift 0)
             x = data.time_shift(x, torch.randint(-farthest, farthest + 1, (B, 1), device=device))
-            loss, terms, s = stage1_loss(model, project, x, SSL_LOSSES[args.ssl], args.ssl_weight,
-                                         args.augment, args.views, args.token_noise)
+            loss, terms, s = stage1_loss(
+                model, project, x, SSL_LOSSES[args.ssl], args.ssl_weight, args.augment,
+                views=args.views, token_noise=args.token_noise)
             optimizer.zero_grad()
             loss.backward()
             terms["gradient_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
@@ -277,7 +280,7 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - began
 
         model.eval()
-        # series that stage 1 has not learned by heart: shifted by up to half a column
+        # by up to half a column, so that many lie beyond what stage 1 has learned
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))

@@ -35,7 +35,8 @@ def flags():
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="addition: series shifted by up to this many columns are learned; 0 is without")
     add = parser.add_argument_group("model").add_argument
-    add("--schedule", choices=SCHEDULES, default="cosine", help="gamma(r), the share masked")
+    add("--schedule", choices=SCHEDULES, default="cosine",
+        help="gamma(r) of training; decoding is by the cosine")
     add("--dropout", type=data.number(float, 0, 1), default=0.0, help="of the transformer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=data.number(int, 1), default=2500, help="length of the training")
@@ -46,7 +47,8 @@ def flags():
 
 
 def orthogonal(G):
-    """Matrices G (n,rows,columns) -> the orthogonal ones near them, by Newton-Schulz iteration."""
+    """Matrices G (n,rows,columns) -> nearly orthogonal ones (singular values .7 to 1.2), by
+    Newton-Schulz iteration."""
     X = G.mT if G.shape[1] > G.shape[2] else G
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):  # X <- 3.4445 X + (2.0315 A^2 - 4.7750 A) X
@@ -113,7 +115,8 @@ if __name__ == "__main__":
         stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
         codebook = stage1["model"]["quantizer.codebook"]
         if state and not torch.equal(state["codebook"], codebook):
-            raise data.Refused(f"{run}/stage1.pt has changed since stage2.pt was made from it")
+            raise data.Refused(f"{run}/stage1.pt has changed since stage2.pt was made from it; "
+                               "train stage 2 anew")
         vqvae = data.rebuild(VQVAE, stage1, device)
         d = data.load(args.dataset or stage1["flags"]["dataset"], args.data_dir, device,
                       stage1["digest"])

@@ -34,11 +34,11 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W alone does not tell even from odd.
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), which W alone leaves open by one sample.
 
-    Windowed frames are added where they overlap and divided by the sum of the squared windows: what
-    torch.istft does, but without its look whether that sum is zero anywhere, for which a GPU has to
-    wait. n_fft is a multiple of hop, and at least twice as large.
+    Windowed frames are added where they overlap and divided by the sum of the squared windows, as
+    torch.istft does; but that looks whether the sum is zero anywhere, for which the CPU has to wait
+    for the GPU. n_fft is a multiple of hop, and at least twice as large.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -72,10 +72,10 @@ class ResidualBlock(nn.Module):
 class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
-    `codebook` (K,D) always equals `sums` / `counts`, the averaged sum and number of the latents
-    that chose each code. A code that almost nothing chooses is moved onto a random latent of the
-    batch together with its sum and count, so that the next average does not drag it back. Counts
-    start at zero, so the first training batch places every code by that rule; until then all are 0.
+    `codebook` (K,D) equals `sums` / `counts`, the averaged sum and number of the latents that chose
+    each code. A code that almost nothing chooses is moved onto a random latent of the batch
+    together with its sum and count, so that the next average does not drag it back. Counts start at
+    zero, so the first training batch places every code by that rule; until then all codes are 0.
 
     decay: share of the old average kept a step. In eval mode no buffer changes.
     """
@@ -149,18 +149,18 @@ def perplexity(counts):
 class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
-    The encoder halves time until W' is near `width` and keeps all H bins; the decoder mirrors it.
-    L >= n_fft. `grid` is (H',W'), `stride` the samples from one of its columns to the next.
+    The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors
+    it. L >= n_fft. `grid` is (H',W'), `stride` the samples from one of its columns to the next.
     """
 
-    # follow-up: the thesis says neither D, K, the decay nor the weight 1 of the commitment
-    def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, width=8):
+    # follow-up: D, K, the decay, and the weight 1 of the commitment loss
+    def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, columns=8):
         super().__init__()
         if L < n_fft:
             raise ValueError(f"series of length {L}: at least {n_fft} samples are needed")
         self.L, self.n_fft, self.hop = L, n_fft, hop
         H, W = n_fft // 2 + 1, L // hop + 1
-        n_halvings = max(0, round(math.log2(W / width)))
+        n_halvings = max(0, round(math.log2(W / columns)))
         widths = [W // 2**i for i in range(n_halvings + 1)]
         self.grid, self.stride = (H, widths[-1]), hop * 2**n_halvings
 
@@ -168,11 +168,12 @@ class VQVAE(nn.Module):
         down, up = [], []
         for i in range(n_halvings):  # from the outermost inwards
             channels = D if i else 2 * C
-            down += [nn.BatchNorm2d(D), nn.ReLU()] if i else []  # none before the first
+            if i:
+                down += [nn.BatchNorm2d(D), nn.ReLU()]
             down += [nn.Conv2d(channels, D, **along_time)]
             odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
-            back = nn.ConvTranspose2d(D, channels, output_padding=odd, **along_time)
-            up = [nn.BatchNorm2d(D), nn.ReLU(), back, *up]
+            upsample = nn.ConvTranspose2d(D, channels, output_padding=odd, **along_time)
+            up = [nn.BatchNorm2d(D), nn.ReLU(), upsample, *up]
         down = down or [nn.Conv2d(2 * C, D, 3, padding=1)]  # short series: no halving
         up = up or [nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, 2 * C, 3, padding=1)]
         self.encoder = nn.Sequential(*down, *(ResidualBlock(D) for _ in range(n_blocks)))
@@ -216,8 +217,8 @@ class VQVAE(nn.Module):
         """Set `noise_floor` (C,H,K) from series x (n,C,L). Call in eval mode.
 
         It is the deviation of the white noise whose power in bin h is what stft(x) has there more
-        than stft(x^), averaged over the cells of row h that hold code k; that of a code with not
-        many more than `rare` cells is drawn towards the mean over its row.
+        than stft(x^), averaged over the cells of bin h that hold code k; that of a code with not
+        many more than `rare` cells is drawn towards the mean of its bin.
         """
         def power(x):
             """x (B,C,L) -> |stft(x)|^2 (B,C,H,W)."""
@@ -238,7 +239,10 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> noise (B,C,L): in each column of the least deviation that its bins show."""
+        """s (B,N) -> white noise (B,C,L), in each column of the least deviation among its bins.
+
+        White noise is the same in all bins, so the least of them bounds it.
+        """
         H, W = self.grid
         bins = torch.arange(H, device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, H, W)].amin(2).transpose(0, 1)  # (B,C,W')
