@@ -6,7 +6,7 @@
 
 Leaves in the run folder: metrics.json, and samples.npz (x (n,C,L) in the data's own units, y (n)
 the names of their classes, "" without one, s (n,N)) and samples.png; or imputed.npz
-(x (n,10,C,END-START)) and imputed.png.
+(x (n,10,C,END-START)).
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
 """
@@ -287,32 +287,12 @@ def impute(run, vqvae, prior, d, args):
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
     x_own = filled.cpu().double() * d.std + d.mean
     data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
-    draw_fillings(run, x, filled, hidden, start, end)
     truth = x[:, None, :, start:end]
     return {
         "mse_one_filling": F.mse_loss(filled, truth.expand_as(filled)).item(),
         "mse_mean_filling": F.mse_loss(filled.mean(1, keepdim=True), truth).item(),
         "mse_straight_line": F.mse_loss(hidden[:, None, :, start:end], truth).item(),
     }
-
-
-def draw_fillings(run, x, filled, hidden, start, end):
-    """Truth, fillings (B,fillings,C,end-start), their spread and a straight line, for 3 series."""
-    n_rows = min(3, len(x))
-    figure = Figure(figsize=(9, 1.4 * n_rows + 0.6), layout="constrained")
-    t = range(start, end)
-    for i, axis in enumerate(figure.subplots(n_rows, 1, sharex=True, squeeze=False)[:, 0]):
-        one = filled[i, :, 0].cpu().numpy()
-        axis.plot(x[i, 0].cpu(), color="0.6", lw=1, label="truth")
-        axis.plot(t, one.T, color="C0", lw=0.5)
-        axis.fill_between(t, one.min(0), one.max(0), color="C0", alpha=0.25, label="fillings")
-        axis.plot(t, one.mean(0), color="C1", label="their mean")
-        axis.plot(t, hidden[i, 0, start:end].cpu(), color="k", ls=":", label="straight line")
-        axis.set_ylabel("x, scaled")
-    axis.set_xlabel("time step")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside upper center")
-    data.write(run / "imputed.png", figure.savefig)
 
 
 def check_flags(parser, args, classes, L):
