@@ -223,7 +223,7 @@ def read_npz(path):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x is None:
             raise Refused(f"{path}: no array x_{split}, but {found}; rename or add it")
-        x = to_series(x, f"{path}: x_{split}")
+        x = checked_array(x, f"{path}: x_{split}")
         if y is not None and y.shape != (len(x),):
             raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each of "
                           f"the {len(x)} rows of x_{split}")
@@ -235,7 +235,7 @@ def read_npz(path):
     return splits
 
 
-def to_series(x, where):
+def checked_array(x, where):
     """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")

@@ -285,7 +285,7 @@ def impute(run, vqvae, prior, d, args):
                  args.temperature, 1.0, args.rounds)
     filled = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
     filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
-    x_own = filled.cpu().double() * d.std + d.mean
+    x_own = (filled.double() * d.std + d.mean).cpu()  # in the data's own units
     data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
     truth = x[:, None, :, start:end]
     return {
@@ -342,7 +342,7 @@ if __name__ == "__main__":
         s = generate(prior, K, y, torch.full((args.n, N), K, device=device), args.steps,
                      args.temperature, args.guidance, args.rounds)
         x = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
-        x_own = x.cpu().double() * stage1["std"] + stage1["mean"]
+        x_own = x.cpu().double() * stage1["std"] + stage1["mean"]  # in the data's own units
         seconds = time.perf_counter() - began
 
         names = np.array(classes)[y.tolist()] if y is not None else np.full(args.n, "")
