@@ -121,7 +121,7 @@ if __name__ == "__main__":
         d = data.load(args.dataset or stage1["flags"]["dataset"], args.data_dir, device,
                       stage1["digest"])
 
-        n, K, N = len(d.x_train), len(codebook), vqvae.grid[0] * vqvae.grid[1]
+        n, K, N = len(d.x_train), len(codebook), math.prod(vqvae.grid)
         B = min(args.batch_size, n)
         if args.epochs:
             args.steps = args.epochs * max(1, round(n / B))
