@@ -208,11 +208,10 @@ def read_npz(path):
 
     Returns (series, class names) of train and of test; no other array is looked at.
     """
-    arrays = {f"{kind}_{split}": None for split in ("train", "test") for kind in "xy"}
+    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = file.files
-            arrays |= {name: file[name] for name in arrays if name in found}
+            arrays = {name: file[name] for name in names if name in file.files}
     except OSError:
         raise
     except Exception:  # what NumPy raises depends on the bytes
@@ -220,18 +219,17 @@ def read_npz(path):
                       "with objects") from None
     splits = []
     for split in ("train", "test"):
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
         if x is None:
-            raise Refused(f"{path}: no array x_{split}, but {found}; rename or add it")
+            raise Refused(f"{path}: no array x_{split}; its arrays are to be {', '.join(names)}")
         x = checked_array(x, f"{path}: x_{split}")
-        if y is not None and y.shape != (len(x),):
-            raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each of "
-                          f"the {len(x)} rows of x_{split}")
-        if y is not None and y.dtype.kind == "S":
-            y = np.char.decode(y, "utf-8", "backslashreplace")
-        where = f"{path}: y_{split}"
-        splits.append((list(x), None if y is None else [
-            class_name(str(label), f"{where}[{i}]") for i, label in enumerate(y)]))
+        if y is not None:
+            if y.shape != (len(x),):
+                raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each "
+                              f"of the {len(x)} rows of x_{split}")
+            y = np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y
+            y = [class_name(str(v), f"{path}: y_{split}[{i}]") for i, v in enumerate(y)]
+        splits.append((list(x), y))
     return splits
 
 
@@ -283,17 +281,15 @@ def fetch(name, folder, mirrors=MIRRORS, timeout=30):
 
 
 def download(address, timeout):
-    """Bytes of an address, under a progress bar; OSError when fewer arrive than announced."""
+    """Bytes of an address, under a progress bar."""
     content = bytearray()
     with urllib.request.urlopen(address, timeout=timeout) as response:
-        size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=address) as bar:
+        size = response.headers.get("Content-Length")
+        with tqdm(total=size and int(size), unit="B", unit_scale=True, desc=address) as bar:
             while block := response.read(1 << 16):
                 content += block
                 bar.update(len(block))
-    if len(content) < size:
-        raise OSError(f"cut off after {len(content)} of {size} bytes")
-    return content
+    return content  # where it is cut off, the directory at the end of the zip is missing
 
 
 # ---- from files to tensors ----------------------------------------------------------------------
@@ -639,11 +635,10 @@ def resume(parser, args, path, stage):
     state = load_checkpoint(path, stage)
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()
-    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value}"
-             for name, value in state["flags"].items()
-             if value != getattr(args, name) and name != "dataset"]
-    if wrong:
-        parser.error(f"{' and '.join(wrong)} in {path}")
+    for name, value in state["flags"].items():
+        if name != "dataset" and value != getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value} in "
+                         f"{path}")
     return args, state
 
 
@@ -655,12 +650,9 @@ def restore(state, parts):
     if state is None:
         return []
     for name, part in parts.items():
-        if not isinstance(part, torch.optim.Optimizer):
-            part.load_state_dict(state[name])
-            continue
-        groups = part.param_groups
-        part.load_state_dict(part.state_dict() | {"state": state[name]["state"]})
-        part.param_groups = groups
+        own = part.state_dict()
+        kept = {"param_groups": own["param_groups"]} if "param_groups" in own else {}
+        part.load_state_dict(state[name] | kept)
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
@@ -689,10 +681,7 @@ def in_batches(function, x):
 def report(run, part, figures):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
-    try:
-        known = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise Refused(f"{path}: not figures of these scripts; move it away") from None
+    known = json.loads(path.read_text()) if path.exists() else {}
     lost = [name for name, value in figures.items() if not math.isfinite(value)]
     if lost:
         print(f"warning: {', '.join(lost)} not finite, null in {path}; look for outliers")

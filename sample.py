@@ -41,11 +41,12 @@ def flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to draw").add_argument
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series")
-    add("--label", metavar="CLASS", help="this class alone (None: as often as in training)")
-    add("--unconditional", action="store_true", help="without a class")
-    add("--impute", type=stretch, metavar="START:END",
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--label", metavar="CLASS", help="this class alone, not as in training")
+    what.add_argument("--unconditional", action="store_true", help="without a class")
+    what.add_argument("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
-    add("--evaluate", action="store_true",
+    what.add_argument("--evaluate", action="store_true",
         help="novelty and, where there are labels, FID, inception score and CAS as well")
     add("--fcn-steps", type=data.number(int, 1), default=1000,
         help="training steps, of batch 64, of each classifier behind --evaluate")
@@ -235,6 +236,9 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
     x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
     of_new = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
     figures = {"novelty": nearest_distance(x, d.x_train) / of_new}
+    if figures["novelty"] < 0.8:
+        print("these series stay close to the training series; fewer --steps in stage 2, or a "
+              "larger --shift, make newer ones")
     if y is not None and min(len(x), len(d.x_test)) >= 4:
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and is_two_patterns:
@@ -295,21 +299,6 @@ def impute(run, vqvae, prior, d, args):
     }
 
 
-def check_flags(parser, args, classes, L):
-    """End where flags contradict each other, the run's classes, or the length L of its series."""
-    has_class = args.label is not None
-    if has_class and args.label not in classes:
-        parser.error(f"--label {args.label}: the classes are {', '.join(classes) or 'none'}")
-    if has_class + args.unconditional + bool(args.impute) > 1:
-        parser.error("--label, --unconditional and --impute exclude each other")
-    if args.evaluate and (has_class or args.unconditional or args.impute):
-        parser.error("--evaluate is of series of all classes")
-    if args.prior == "uniform" and (has_class or args.impute or args.evaluate):
-        parser.error("--prior uniform knows no classes: no --label, --impute or --evaluate")
-    if args.impute and (args.impute[1] > L or args.impute == (0, L)):
-        parser.error(f"--impute takes a part of the series, which have {L} samples")
-
-
 if __name__ == "__main__":
     with data.one_line_errors():
         parser = flags()
@@ -319,7 +308,11 @@ if __name__ == "__main__":
         stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
         vqvae = data.rebuild(VQVAE, stage1, device)
         classes, K, N = stage1["classes"], len(vqvae.quantizer.codebook), math.prod(vqvae.grid)
-        check_flags(parser, args, classes, vqvae.L)
+        if args.label is not None and (args.label not in classes or args.prior == "uniform"):
+            parser.error(f"--label {args.label}: the classes are {', '.join(classes) or 'none'}, "
+                         "and known to --prior maskgit only")
+        if args.impute and (args.impute[1] > vqvae.L or args.impute == (0, vqvae.L)):
+            parser.error(f"--impute takes a part of the series, which have {vqvae.L} samples")
         prior = partial(uniform, K)  # follow-up: a learned prior is the default
         if args.prior == "maskgit":
             stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)

@@ -5,7 +5,7 @@ x'; the SSL loss compares their projections Z and Z'.
 
     python train_stage1.py --ssl vbcreg
 
-Leaves in the run folder: stage1.pt, stage1.jsonl, metrics.json, reconstructions.png, stage1.png.
+Leaves in the run folder: stage1.pt, stage1.jsonl, metrics.json and reconstructions.png.
 Notation as in vqvae.py and ssl_losses.py.
 """
 
@@ -196,23 +196,6 @@ def draw_reconstructions(run, model, d):
     data.write(run / "reconstructions.png", figure.savefig)
 
 
-def draw_curves(run, log):
-    """Loss terms before they are weighted, gradient norm and code use over the steps."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curves = {name: [record[name] for record in log] for name in log[0]}
-    steps = curves.pop("step")
-    right.plot(steps, curves.pop("perplexity"))
-    right.set(xlabel="step", ylabel="perplexity of the codes", ylim=(0, None))
-    for i, (name, values) in enumerate(curves.items()):
-        left.plot(steps, values, label=name, ls=("-", "--", ":")[i % 3])
-    left.set(yscale="log", xlabel="step", ylabel="loss term; gradient norm")
-    left.yaxis.set_major_formatter("{x:g}")  # its default would need parse_math
-    left.yaxis.set_minor_formatter("")
-    figure.legend(fontsize=8, loc="outside right center")
-    data.write(run / "stage1.png", figure.savefig)
-
-
 if __name__ == "__main__":
     with data.one_line_errors():
         parser = flags()
@@ -238,9 +221,9 @@ if __name__ == "__main__":
             D = model.quantizer.codebook.shape[1]
             project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
         weights = [*model.parameters(), *project.parameters()]
-        rate = torch.tensor(args.lr, device=device)
-        optimizer = torch.optim.AdamW(weights, rate, (0.9, 0.95), weight_decay=0.1, fused=True,
-                                      capturable=device.type == "cuda")
+        optimizer = torch.optim.AdamW(  # its rate is a tensor, as a replayed step reads it anew
+            weights, torch.tensor(args.lr, device=device), (0.9, 0.95), weight_decay=0.1,
+            fused=True, capturable=device.type == "cuda")
         parts = dict(model=model, project=project, optimizer=optimizer)
         shares = (d.y_train.bincount() / n).tolist() if d.classes else []
         constants = dict(stage=1, arguments=arguments, classes=d.classes, shares=shares,
@@ -268,14 +251,14 @@ if __name__ == "__main__":
         began, first, sums = time.perf_counter(), log[-1]["step"] if log else 0, {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
-            rate.fill_(args.lr * data.one_cycle(i / args.steps))
+            optimizer.param_groups[0]["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
-            is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
-            if is_due or (i + 1) % LOG_EVERY == 0:
+            is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
+            if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
                 log.append(data.record(sums, log, i + 1, run))
                 bar.set_postfix(mse=f"{log[-1]['mse_x']:.3f}")
                 sums = {}
-            if is_due:
+            if is_due and not is_last:
                 data.save(run / "stage1.pt", parts, constants, log, args)
         seconds = time.perf_counter() - began
 
@@ -285,7 +268,6 @@ if __name__ == "__main__":
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))
         data.save(run / "stage1.pt", parts, constants, log, args)
-        draw_curves(run, log)
         draw_reconstructions(run, model, d)
         figures = evaluate(model, d)
         if first < args.steps:

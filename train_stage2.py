@@ -5,7 +5,7 @@ s -> s_M -> logits, and their cross-entropy with s on the masked entries.
 
     python train_stage2.py
 
-Leaves in the run folder: stage2.pt, stage2.jsonl, metrics.json and stage2.png.
+Leaves in the run folder: stage2.pt, stage2.jsonl and metrics.json.
 Notation as in vqvae.py and maskgit.py.
 """
 
@@ -14,7 +14,6 @@ import math
 import time
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
@@ -46,42 +45,6 @@ def flags():
     return data.run_flags(parser, trains=True)
 
 
-def orthogonal(G):
-    """Matrices G (n,rows,columns) -> nearly orthogonal ones (singular values .7 to 1.2), by
-    Newton-Schulz iteration."""
-    X = G.mT if G.shape[1] > G.shape[2] else G
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):  # X <- 3.4445 X + (2.0315 A^2 - 4.7750 A) X
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X.mT if G.shape[1] > G.shape[2] else X
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal steps (Jordan et al. 2024), for matrices grouped by their shape.
-
-    A group is stepped at once, as a stack. Steps have the size of AdamW's, so that one rate suits
-    both (Liu et al. 2025, arXiv 2502.16982).
-    """
-
-    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
-            gradient = torch.stack([W.grad for W in matrices])
-            state = self.state[matrices[0]]
-            if not state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 1 - momentum)
-            direction = orthogonal(gradient.lerp(average, momentum))
-            size = 0.2 * max(gradient.shape[1:]) ** 0.5
-            for W, O in zip(matrices, lr * size * direction):
-                W.mul_(1 - lr * group["weight_decay"]).sub_(O)
-
-
 def bound(prior, s, y):
     """Mean over the rows of s (n,N) of `nll_bound`, BOUND_DRAWS times each, and its standard error,
     in nats a series; prior in eval mode."""
@@ -92,17 +55,6 @@ def bound(prior, s, y):
 
     nats = torch.stack([one_draw() for _ in range(BOUND_DRAWS)]).mean(0)
     return nats.mean().item(), nats.std(correction=0).item() / len(nats) ** 0.5
-
-
-def draw_curves(run, log):
-    """Loss and accuracy on the masked tokens over the steps."""
-    step, loss, accuracy = ([record[k] for record in log] for k in ("step", "loss", "accuracy"))
-    left, right = Figure(figsize=(9, 3), layout="constrained").subplots(1, 2)
-    left.plot(step, loss)
-    left.set(xlabel="step", ylabel="cross-entropy, nats a masked token")
-    right.plot(step, accuracy)
-    right.set(xlabel="step", ylabel="accuracy on masked tokens", ylim=(0, 1))
-    data.write(run / "stage2.png", left.figure.savefig)
 
 
 if __name__ == "__main__":
@@ -134,15 +86,13 @@ if __name__ == "__main__":
 
         arguments = dict(K=K, N=N, n_classes=len(d.classes), dropout=args.dropout)
         prior = MaskGIT(**arguments).to(device)
-        shapes, rate = {}, torch.tensor(args.lr, device=device)
-        for W in prior.layers.parameters():
-            if W.ndim == 2:
-                shapes.setdefault(W.shape, []).append(W)
-        stacked = {W for group in shapes.values() for W in group}
-        muon = Muon([{"params": group} for group in shapes.values()], rate)
-        adamw = torch.optim.AdamW([W for W in prior.parameters() if W not in stacked], rate,
-                                  (0.9, 0.95), weight_decay=0.1, fused=True,
+        # Muon (Jordan et al. 2024) for the layers' matrices, in steps of AdamW's size
+        matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
+        others = [W for W in prior.parameters() if not any(W is V for V in matrices)]
+        muon = torch.optim.Muon(matrices, args.lr, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=device.type == "cuda")
+        rate = torch.ones((), device=device)  # in units of args.lr
         parts = dict(model=prior, muon=muon, adamw=adamw)
         constants = dict(stage=2, arguments=arguments, codebook=codebook)
         log = data.restore(state, parts)
@@ -158,8 +108,12 @@ if __name__ == "__main__":
             prior.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+            before = [W.detach().clone() for W in prior.parameters()]
             muon.step()
             adamw.step()
+            # the rate of torch's Muon is no tensor; but both steps are linear in it, decay included
+            for W, W_before in zip(prior.parameters(), before):
+                W.data.lerp_(W_before, 1 - rate)
             is_right = (logits.detach().argmax(-1) == s) & is_masked
             return {"loss": loss.detach(), "accuracy": is_right.sum() / is_masked.sum(),
                     "gradient_norm": norm}
@@ -168,21 +122,20 @@ if __name__ == "__main__":
         began, first, sums = time.perf_counter(), log[-1]["step"] if log else 0, {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
-            rate.fill_(args.lr * data.one_cycle(i / args.steps))
+            rate.fill_(data.one_cycle(i / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
-            is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
-            if is_due or (i + 1) % LOG_EVERY == 0:
+            is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
+            if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
                 log.append(data.record(sums, log, i + 1, run))
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
-            if is_due:
+            if is_due or is_last:
                 data.save(run / "stage2.pt", parts, constants, log, args)
         seconds = time.perf_counter() - began
 
         prior.eval()
         nats, error = bound(prior, data.in_batches(vqvae.tokenize, d.x_test), d.y_test)
         nats_train, _ = bound(prior, s_train[len(shifts) // 2], d.y_train)
-        draw_curves(run, log)
         figures = {"test_nats_per_series": nats, "standard_error": error,
                    "train_nats_per_series": nats_train, "uniform_nats_per_series": N * math.log(K)}
         if first < args.steps:
