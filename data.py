@@ -212,10 +212,8 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file.files}
-    except OSError:
-        raise
-    except Exception:  # what NumPy raises depends on the bytes
-        raise Refused(f"{path}: not an .npz of plain arrays; save them by np.savez, none of them "
+    except Exception as error:  # what NumPy raises depends on the bytes
+        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save them by np.savez, none "
                       "with objects") from None
     splits = []
     for split in ("train", "test"):
@@ -285,10 +283,9 @@ def download(address, timeout):
     content = bytearray()
     with urllib.request.urlopen(address, timeout=timeout) as response:
         size = response.headers.get("Content-Length")
-        with tqdm(total=size and int(size), unit="B", unit_scale=True, desc=address) as bar:
-            while block := response.read(1 << 16):
+        with tqdm.wrapattr(response, "read", total=size and int(size), desc=address) as body:
+            while block := body.read(1 << 16):
                 content += block
-                bar.update(len(block))
     return content  # where it is cut off, the directory at the end of the zip is missing
 
 
@@ -463,8 +460,7 @@ def augment(x, names):
 def one_line_errors():
     """What a user can mend, and Ctrl-C or SIGTERM, end the script in one line and exit code 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a class's name
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a class's letters
     try:
         yield
     except Refused as error:
@@ -660,15 +656,12 @@ def restore(state, parts):
 
 
 def rebuild(kind, state, device):
-    """The model of a checkpoint, frozen and in eval mode. Refused if its weights do not fit."""
+    """The model of a checkpoint, frozen and in eval mode."""
     done, steps = state["log"][-1]["step"], state["flags"]["steps"]
     if done < steps:
         print(f"stage {state['stage']} has done {done} of {steps} steps; --resume finishes it")
-    try:
-        model = kind(**state["arguments"]).to(device)
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError):
-        raise Refused(f"a checkpoint's weights do not fit the {kind.__name__} here") from None
+    model = kind(**state["arguments"]).to(device)
+    model.load_state_dict(state["model"])
     return model.eval().requires_grad_(False)
 
 

@@ -41,11 +41,7 @@ def random_subset(n, N):
 
 
 def mask_tokens(s, schedule="cosine"):
-    """is_masked (B,N) for training: ceil(gamma(r) N) random entries a row, r ~ U(0,1) per row.
-
-    With the cosine schedule a row has 2/pi of its entries masked on average (and up to 1/N more by
-    rounding up), with the linear one half; never none.
-    """
+    """is_masked (B,N) for training: ceil(gamma(r) N) >= 1 random entries a row, r ~ U(0,1)."""
     B, N = s.shape
     # fix: two public code bases keep this share and mask the rest
     n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp_min(1)
@@ -68,15 +64,14 @@ class MaskGIT(nn.Module):
     only, which is what makes guidance and unconditional sampling possible.
     """
 
-    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, dropout=0.0,
-                 label_dropout=0.2):
+    def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
         super().__init__()
         self.mask_id, self.no_class, self.label_dropout = K, n_classes, label_dropout
         self.tokens = nn.Embedding(K + 1, width)
         self.classes = nn.Embedding(n_classes + 1, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
-            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout, "gelu",
+            nn.TransformerEncoderLayer(width, n_heads, 4 * width, 0.0, "gelu",
                                        batch_first=True, norm_first=True)
             for _ in range(n_layers)
         ))
@@ -129,8 +124,7 @@ def log_p_of(s, log_p):
 
 
 @torch.no_grad()
-def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperature=4.5,
-           schedule="cosine"):
+def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperature=4.5):
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps reads s_M^(t-1), draws every masked entry from its own distribution
@@ -146,7 +140,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
         drawn = draw(log_p, temperature)
         score = log_p_of(drawn, log_p)
         score = score + choice_temperature * (1 - r) * gumbel_like(score)
-        n_left = (SCHEDULES[schedule](r) * n + 1e-4).floor()  # so that 7.9999999 counts as 8
+        n_left = (SCHEDULES["cosine"](r) * n + 1e-4).floor()  # so that 7.9999999 counts as 8
         n_left = n_left.minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)

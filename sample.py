@@ -92,8 +92,7 @@ def generate(prior, K, y, s_M, steps, temperature, guidance, rounds):
 
 def to_series(vqvae, s, noise):
     """s (B,N) -> x^ plus noise times the data's own white noise, (B,C,L)."""
-    x_hat = vqvae.detokenize(s)
-    return x_hat + noise * vqvae.noise(s) if noise else x_hat
+    return vqvae.detokenize(s) + noise * vqvae.noise(s)
 
 
 # ---- how good they are --------------------------------------------------------------------------

@@ -311,17 +311,16 @@ def test_masked_share_and_loss_of_masked_tokens_only(schedule, share):
     assert torch.allclose(loss, F.cross_entropy(logits[is_masked], s[is_masked]))
 
 
-@pytest.mark.parametrize("schedule, T", [("cosine", 8), ("linear", 8), ("cosine", 50)])
-def test_decoding_follows_the_schedule_and_keeps_what_is_known(schedule, T):
+@pytest.mark.parametrize("T", [8, 50])
+def test_decoding_follows_the_schedule_and_keeps_what_is_known(T):
     s_M = torch.randint(K, (9, 40)).masked_fill(torch.rand(9, 40) < 0.7, K)
     s_M[0], s_M[1], canvases = K, 2, []  # all to do, and nothing
     logits_fn = lambda s_M: canvases.append(s_M) or torch.randn(9, 40, K)
-    canvases.append(maskgit.decode(logits_fn, s_M, K, n_steps=T, schedule=schedule))
+    canvases.append(maskgit.decode(logits_fn, s_M, K, n_steps=T))
     n = left = (s_M == K).sum(1)
     assert len(canvases) == T + 1 and torch.equal(canvases[0], s_M) and canvases[-1].max() < K
     for t in range(1, T + 1):
-        gamma = {"cosine": math.cos(math.pi / 2 * t / T), "linear": 1 - t / T}[schedule]
-        left = (gamma * n + 1e-4).floor().minimum(left - 1).clamp_min(0)  # at least one is settled
+        left = (math.cos(math.pi / 2 * t / T) * n + 1e-4).floor().minimum(left - 1).clamp_min(0)  # at least one is settled
         assert torch.equal((canvases[t] == K).sum(1), left.long())
         was_known = canvases[t - 1] != K
         assert torch.equal(canvases[t][was_known], canvases[t - 1][was_known])
@@ -743,7 +742,7 @@ def test_a_run_folder_is_enough_to_draw_and_data_are_known_by_their_bytes(small,
 @pytest.mark.parametrize("flags", [
     "1 --seed 1", "1 --augment gaussian_noise", "1 --views 2", "1 --lr 0.1", "1 --batch-size 8",
     "1 --ssl-weight 0.5", "1 --token-noise 0", "1 --shift 0", "2 --seed 1",
-    "2 --batch-size 8", "2 --lr 0.1", "2 --schedule linear", "2 --shift 0", "2 --dropout 0.5"])
+    "2 --batch-size 8", "2 --lr 0.1", "2 --schedule linear", "2 --shift 0"])
 def test_every_flag_of_training_has_an_effect(flags, small, finished, tmp_path):
     stage, *flags = flags.split()
     shutil.copy(finished / "stage1.pt", tmp_path / ("stage1.pt" if stage == "2" else "unused"))

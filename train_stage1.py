@@ -56,7 +56,7 @@ def flags():
         help="loss on the two views; vibcreg is another name of vbcreg")
     add("--ssl-weight", type=data.number(float, 0), help=f"w_ssl (None: {SSL_WEIGHTS})")
     add("--views", type=int, choices=(1, 2), default=1,
-        help="1 compares x with a view of it (follow-up), 2 two views with each other (thesis)")
+        help="1 compares x with a view of it (follow-up), 2 a view with another (thesis)")
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
         help="F, with vbcreg a multiple of 64; published 4096")
     add = parser.add_argument_group("optimisation").add_argument
@@ -109,8 +109,8 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     z_q_ssl = z_q
     if views == 2:  # follow-up: one view is x itself; thesis: both are distorted, the codes see x''
         z_q_ssl, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
-    # follow-up: Y from the codes, whose gradient passes to z unchanged, so that the loss shapes
-    # them, where the text has Y and Y' alike; but the mean alone, without the maximum beside it
+    # follow-up: Y pools z_q (straight-through, so that the loss shapes the codes) and Y' pools z',
+    # where the text has both alike; the mean alone, without the follow-up's maximum beside it
     Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
     # two calls: the projector's batch norm sees one branch at a time
     ssl_terms = ssl(project(Y), project(Y_view))
@@ -140,7 +140,7 @@ def nearest_neighbours(Y_train, y_train, Y_test, k=5):
 def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
     """Labels by a linear support vector machine, one class against the rest, on (rows,D) features.
 
-    Minimises ||W||^2 / 2 + penalty sum relu(1 - t f(Y))^2 by L-BFGS to convergence.
+    Minimises ||W||^2 / 2 + penalty sum relu(1 - t f(Y))^2 by L-BFGS.
     """
     Y_train, Y_test = (F.pad(Y, (0, 1), value=1.0) for Y in (Y_train, Y_test))  # bias column
     t = 2.0 * F.one_hot(y_train) - 1  # (rows,classes), +1 or -1
@@ -178,7 +178,7 @@ def evaluate(model, d):
 
 
 def draw_reconstructions(run, model, d):
-    """A row a class, at most 10: x in grey behind x^; training split left, test split right."""
+    """A row a class, at most 10: the first channel of x in grey behind x^; training split left."""
     rows = min(10, max(1, len(d.classes)))
     figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
@@ -263,13 +263,13 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - began
 
         model.eval()
-        # by up to half a column, so that many lie beyond what stage 1 has learned
+        # on shifted series: x^ has the noise of those that stage 1 has learned by heart
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))
         data.save(run / "stage1.pt", parts, constants, log, args)
         draw_reconstructions(run, model, d)
         figures = evaluate(model, d)
-        if first < args.steps:
+        if first == 0:
             figures["training_seconds"] = seconds
         data.report(run, "stage1", figures)

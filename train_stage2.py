@@ -1,7 +1,7 @@
 """Stage 2: a MaskGIT prior over the tokens of a trained stage 1 (thesis 0.2).
 
-Every training series is tokenized once by the frozen VQ-VAE: x -> s; then, a batch a step,
-s -> s_M -> logits, and their cross-entropy with s on the masked entries.
+The training series, moved by a few shifts, are tokenized once by the frozen VQ-VAE: x -> s; then,
+a batch a step, s -> s_M -> logits, and their cross-entropy with s on the masked entries.
 
     python train_stage2.py
 
@@ -36,7 +36,6 @@ def flags():
     add = parser.add_argument_group("model").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine",
         help="gamma(r) of training; decoding is by the cosine")
-    add("--dropout", type=data.number(float, 0, 1), default=0.0, help="of the transformer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=data.number(int, 1), default=2500, help="length of the training")
     add("--batch-size", type=data.number(int, 1, 10**6), default=64,
@@ -84,12 +83,13 @@ if __name__ == "__main__":
         s_train = torch.stack([  # (shifts,n,N)
             data.in_batches(vqvae.tokenize, data.time_shift(d.x_train, int(by))) for by in shifts])
 
-        arguments = dict(K=K, N=N, n_classes=len(d.classes), dropout=args.dropout)
+        arguments = dict(K=K, N=N, n_classes=len(d.classes))
         prior = MaskGIT(**arguments).to(device)
         # Muon (Jordan et al. 2024) for the layers' matrices, in steps of AdamW's size
         matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
-        others = [W for W in prior.parameters() if not any(W is V for V in matrices)]
-        muon = torch.optim.Muon(matrices, args.lr, adjust_lr_fn="match_rms_adamw")
+        others = [W for W in prior.parameters() if W not in set(matrices)]
+        muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1,
+                                adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=device.type == "cuda")
         rate = torch.ones((), device=device)  # in units of args.lr
@@ -135,9 +135,9 @@ if __name__ == "__main__":
 
         prior.eval()
         nats, error = bound(prior, data.in_batches(vqvae.tokenize, d.x_test), d.y_test)
-        nats_train, _ = bound(prior, s_train[len(shifts) // 2], d.y_train)
+        nats_train, _ = bound(prior, s_train[len(shifts) // 2], d.y_train)  # not shifted
         figures = {"test_nats_per_series": nats, "standard_error": error,
                    "train_nats_per_series": nats_train, "uniform_nats_per_series": N * math.log(K)}
-        if first < args.steps:
+        if first == 0:
             figures["training_seconds"] = seconds
         data.report(run, "stage2", figures)

@@ -119,9 +119,6 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def revive(self, latents):
         """Move codes whose count is under 1 % of a fair share, B*N/K, onto random latents (B*N,D).
-
-        A revived code starts with the count of a fair share: about 44 steps (at decay 0.9) pass
-        before it can be moved again.
         """
         # fix: where public code moves the code alone, its stale sum and count drag it back
         K, fair_share = len(self.codebook), len(latents) / len(self.codebook)
