@@ -71,7 +71,7 @@ class MaskGIT(nn.Module):
         self.classes = nn.Embedding(n_classes + 1, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
-            nn.TransformerEncoderLayer(width, n_heads, 4 * width, 0.0, "gelu",
+            nn.TransformerEncoderLayer(width, n_heads, 2 * width, 0.0, "gelu",
                                        batch_first=True, norm_first=True)
             for _ in range(n_layers)
         ))

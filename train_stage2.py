@@ -37,7 +37,7 @@ def flags():
     add("--schedule", choices=SCHEDULES, default="cosine",
         help="gamma(r) of training; decoding is by the cosine")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=data.number(int, 1), default=2500, help="length of the training")
+    add("--steps", type=data.number(int, 1), default=4000, help="length of the training")
     add("--batch-size", type=data.number(int, 1, 10**6), default=64,
         help="B, or all series where there are fewer; published 256")
     add("--lr", type=data.number(float, 0, 1), default=5e-3, help="highest rate; published 1e-3")
