@@ -656,12 +656,15 @@ def restore(state, parts):
 
 
 def rebuild(kind, state, device):
-    """The model of a checkpoint, frozen and in eval mode."""
+    """The model of a checkpoint, frozen and in eval mode. Refused if its weights do not fit."""
     done, steps = state["log"][-1]["step"], state["flags"]["steps"]
     if done < steps:
         print(f"stage {state['stage']} has done {done} of {steps} steps; --resume finishes it")
     model = kind(**state["arguments"]).to(device)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # names the weights
+        raise Refused(f"train stage {state['stage']} anew: {error}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -320,7 +320,8 @@ def test_decoding_follows_the_schedule_and_keeps_what_is_known(T):
     n = left = (s_M == K).sum(1)
     assert len(canvases) == T + 1 and torch.equal(canvases[0], s_M) and canvases[-1].max() < K
     for t in range(1, T + 1):
-        left = (math.cos(math.pi / 2 * t / T) * n + 1e-4).floor().minimum(left - 1).clamp_min(0)  # at least one is settled
+        gamma = math.cos(math.pi / 2 * t / T)
+        left = (gamma * n + 1e-4).floor().minimum(left - 1).clamp_min(0)  # at least one is settled
         assert torch.equal((canvases[t] == K).sum(1), left.long())
         was_known = canvases[t - 1] != K
         assert torch.equal(canvases[t][was_known], canvases[t - 1][was_known])
