@@ -212,6 +212,8 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file.files}
+    except OSError:  # `read` says what to do
+        raise
     except Exception as error:  # what NumPy raises depends on the bytes
         raise Refused(f"{path}: not an .npz of plain arrays ({error}); save them by np.savez, none "
                       "with objects") from None
@@ -660,10 +662,10 @@ def rebuild(kind, state, device):
     done, steps = state["log"][-1]["step"], state["flags"]["steps"]
     if done < steps:
         print(f"stage {state['stage']} has done {done} of {steps} steps; --resume finishes it")
-    model = kind(**state["arguments"]).to(device)
     try:
+        model = kind(**state["arguments"]).to(device)
         model.load_state_dict(state["model"])
-    except RuntimeError as error:  # names the weights
+    except (RuntimeError, TypeError) as error:  # names the weights, or the argument
         raise Refused(f"train stage {state['stage']} anew: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -677,7 +679,10 @@ def in_batches(function, x):
 def report(run, part, figures):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise Refused(f"{path}: not figures of these scripts; move it away") from None
     lost = [name for name, value in figures.items() if not math.isfinite(value)]
     if lost:
         print(f"warning: {', '.join(lost)} not finite, null in {path}; look for outliers")

@@ -824,6 +824,8 @@ NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint of these scripts"
     ("sample --run nowhere", 1, "nowhere/stage1.pt: not there; run train_stage1", None),
     ("sample --run run", 1, NOT_WHOLE, lambda: PT.write_bytes(PT.read_bytes()[:-5000])),
     ("sample --run run", 1, NOT_WHOLE, lambda: torch.save(Hostile(), PT)),
+    ("sample --run run", 1, "train stage 2 anew: .*size mismatch for positions",
+     lambda: spoil(PT, "arguments", "N", 1)),
     ("train_stage2 --run run --resume", 1, NOT_WHOLE + r".*\(it is of stage 1",
      lambda: shutil.copy("run/stage1.pt", PT)),
     ("sample --run run", 1, "tokens of another stage1.pt",

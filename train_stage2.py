@@ -124,12 +124,12 @@ if __name__ == "__main__":
         for i in bar:
             rate.fill_(data.one_cycle(i / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
-            is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
-            if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
+            is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
+            if is_due or (i + 1) % LOG_EVERY == 0:
                 log.append(data.record(sums, log, i + 1, run))
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
-            if is_due or is_last:
+            if is_due:
                 data.save(run / "stage2.pt", parts, constants, log, args)
         seconds = time.perf_counter() - began
 

@@ -118,8 +118,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents):
-        """Move codes whose count is under 1 % of a fair share, B*N/K, onto random latents (B*N,D).
-        """
+        """Move codes counted under 1 % of a fair share, B*N/K, onto random latents (B*N,D)."""
         # fix: where public code moves the code alone, its stale sum and count drag it back
         K, fair_share = len(self.codebook), len(latents) / len(self.codebook)
         is_unused = self.counts < 0.01 * fair_share
