@@ -19,9 +19,9 @@ import hashlib
 import io
 import json
 import math
-import os
 import signal
 import sys
+import tempfile
 import urllib.request
 import zipfile
 from contextlib import contextmanager
@@ -39,9 +39,7 @@ MIRRORS = (
 
 
 class Refused(Exception):
-    """What a user can mend: a file, a flag's value, a checkpoint; the scripts turn it into one
-    line and exit code 1.
-    """
+    """What a user can mend; the scripts turn it into one line and exit code 1."""
 
 
 class Dataset(NamedTuple):
@@ -92,10 +90,7 @@ def two_patterns(n, generator, L=128):
 
 def to_float(field):
     """The number in a field, NaN where it is empty, '?' or NaN. ValueError if there is none."""
-    field = field.strip()
-    if field in ("", "?"):
-        return math.nan
-    value = float(field)
+    value = float("nan" if field.strip() in ("", "?") else field)
     # float() also takes 1_1 for 11, and digits of other scripts
     if "_" in field or not field.isascii() or math.isinf(value):
         raise ValueError(field)
@@ -115,24 +110,20 @@ def to_floats(fields, where, expected):
 
 
 def class_name(label, where):
-    """'1' for '1', '1.0' and '01', which are one class; a word is itself.
-
-    Refused where the label is missing, or a number so large that float64 merges it with others.
-    """
+    """'1' for '1', '1.0' and '01', which are one class; a word is itself."""
     try:
         value = to_float(label) + 0.0  # and -0 is 0
     except ValueError:
         return label
-    if math.isnan(value):
-        raise Refused(f"{where}: the label is missing; complete it or remove the series")
-    if abs(value) >= 2**53:
-        raise Refused(f"{where}: label {label} is not below 2^53; use smaller numbers or words")
+    if not abs(value) < 2**53:  # NaN, or so large that float64 merges it with others
+        raise Refused(f"{where}: the label is missing or not below 2^53 ({label!r}); complete it, "
+                      "use smaller numbers or words, or remove the series")
     return repr(value).removesuffix(".0")
 
 
 def text_lines(path):
-    """(number from 1, line) of a file's lines that are not blank; what is no UTF-8 is U+FFFD."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    """(number from 1, line) of a file's lines that are not blank; no UTF-8 is read as \\x.."""
+    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" \f\v")]
     if not lines:
         raise Refused(f"{path}: the file is empty; put the series there again")
@@ -163,44 +154,36 @@ def read_ts(path):
     The label is there after '@classLabel true'. Other lines of the header bind nothing, except
     that time stamps and regression targets are Refused. Lines with % or # first are comments.
     """
-    has_labels, in_data, series, labels = False, False, [], []
-    for i, line in text_lines(path):
-        line, where = line.strip(), f"{path}, line {i}"
-        if not line or line[0] in "%#":
-            continue
-        if in_data:
-            one, label = read_ts_row(line, has_labels, where)
-            series.append(one)
-            labels.append(label)
-            continue
+    lines = ((i, line.strip()) for i, line in text_lines(path))
+    lines = ((i, line) for i, line in lines if line and line[0] not in "%#")
+    has_labels = False
+    for i, line in lines:
         key, value, *_ = [*line.lower().split(), ""]
-        in_data = key == "@data"
+        if key == "@data":
+            break
         if key in ("@timestamps", "@targetlabel") and value == "true":
-            what = "time stamps" if key == "@timestamps" else "regression targets"
-            raise Refused(f"{where}: {what} are not read; take them out of header and rows")
-        has_labels = value == "true" if key == "@classlabel" else has_labels
-    if not in_data:
+            raise Refused(f"{path}, line {i}: time stamps and regression targets are not read; "
+                          "take them out of header and rows")
+        has_labels |= (key, value) == ("@classlabel", "true")
+    else:
         raise Refused(f"{path}: no line '@data'; put it between header and series")
-    return series, labels if has_labels else None
+    rows = [read_ts_row(line, has_labels, f"{path}, line {i}") for i, line in lines]  # the rest
+    return [x for x, _ in rows], [label for _, label in rows] if has_labels else None
 
 
 def read_ts_row(line, has_labels, where):
     """One series (C,l) and its class name, or None where rows have no label."""
     *channels, label = line.split(":")
-    expected = "numbers with commas between them"
-    if has_labels:
-        label = class_name(label.strip(), where)
-        if not channels or "\ufffd" in label:
-            raise Refused(f"{where}: expected values, a colon, and a label in UTF-8")
-    else:
+    expected = "numbers with commas between them, then a colon and a label"
+    if not has_labels:
         channels += [label] if label.strip() else []
-        expected += " (there is no '@classLabel true' in the header, so no label at the end)"
+        expected = "numbers with commas between them, as the header has no '@classLabel true'"
     rows = [to_floats(channel.split(","), f"{where}, channel {c}", expected)
             for c, channel in enumerate(channels, 1)]
     lengths = [len(row) for row in rows]
     if len(set(lengths)) != 1:
         raise Refused(f"{where}: channels of lengths {lengths}; expected equal ones, of {expected}")
-    return np.array(rows), label
+    return np.array(rows), class_name(label.strip(), where) if has_labels else None
 
 
 def read_npz(path):
@@ -208,20 +191,16 @@ def read_npz(path):
 
     Returns (series, class names) of train and of test; no other array is looked at.
     """
-    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names if name in file.files}
+            arrays = [(s, file[f"x_{s}"], file.get(f"y_{s}")) for s in ("train", "test")]
     except OSError:  # `read` says what to do
         raise
     except Exception as error:  # what NumPy raises depends on the bytes
-        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save them by np.savez, none "
-                      "with objects") from None
+        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
+                      "for labels, y_train, y_test by np.savez, none with objects") from None
     splits = []
-    for split in ("train", "test"):
-        x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
-        if x is None:
-            raise Refused(f"{path}: no array x_{split}; its arrays are to be {', '.join(names)}")
+    for split, x, y in arrays:
         x = checked_array(x, f"{path}: x_{split}")
         if y is not None:
             if y.shape != (len(x),):
@@ -255,40 +234,32 @@ def locate(name, folder):
                 return pair
 
 
-def fetch(name, folder, mirrors=MIRRORS, timeout=30):
-    """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths.
-
-    Only these two members are read; each appears whole or not at all. Refused, naming every
-    address tried, when none of them serves such a zip.
-    """
+def fetch(name, folder, mirrors=MIRRORS):
+    """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths."""
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
         try:
-            pair = locate(name, zipfile.Path(io.BytesIO(download(address, timeout))))
+            pair = locate(name, zipfile.Path(io.BytesIO(download(address))))
             if not pair:
                 raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
-            members = {path.name: path.read_bytes() for path in pair}
-        except Exception as error:  # of the connection or of the zip, by many names
+            for member, content in [(path.name, path.read_bytes()) for path in pair]:
+                write(folder / name / member, content)
+            return locate(name, folder)
+        except Exception as error:  # of the connection, the zip or the disk, by many names
             failures.append(f"{address} ({str(error) or type(error).__name__})")
-            continue
-        for member, content in members.items():
-            write(folder / name / member, content)
-        return locate(name, folder)
     raise Refused(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
         f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"
     )
 
 
-def download(address, timeout):
+def download(address):
     """Bytes of an address, under a progress bar."""
-    content = bytearray()
-    with urllib.request.urlopen(address, timeout=timeout) as response:
-        size = response.headers.get("Content-Length")
+    with urllib.request.urlopen(address, timeout=30) as response:
+        size = response.headers["Content-Length"]
         with tqdm.wrapattr(response, "read", total=size and int(size), desc=address) as body:
-            while block := body.read(1 << 16):
-                content += block
-    return content  # where it is cut off, the directory at the end of the zip is missing
+            # where they are cut off, the directory at the end of the zip is missing
+            return b"".join(iter(lambda: body.read(1 << 16), b""))
 
 
 # ---- from files to tensors ----------------------------------------------------------------------
@@ -318,35 +289,34 @@ def to_array(series, where, C, L):
 
 def scale(x_train, x_test, where):
     """Both splits (B,C,L) by mean and deviation (C,1) of the training split, and these two."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-        std[(np.ptp(x_train, (0, 2)) == 0) | (std[:, 0] == 0)] = 1  # a constant channel stays so
+        std[np.ptp(x_train, (0, 2)) == 0] = 1  # a constant channel stays so
         x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
-    if not max(np.abs(x_train).max(), np.abs(x_test).max()) < np.finfo(np.float32).max:
+    largest = max(np.abs(x_train).max(), np.abs(x_test).max())
+    if not (largest < np.finfo(np.float32).max and np.isfinite(std).all()):
         raise Refused(f"{where}: values too large for fp32 even when scaled; rescale or mend them")
     return x_train, x_test, mean, std
 
 
-def encode_labels(train, test, where):
-    """Class names -> classes in sorted order (as numbers where all are) and 0..n-1 tensors.
+def encode_labels(train, test, where, device):
+    """Class names -> classes in order, of numbers where all are, and tensors of 0..n-1, or None.
 
-    ([], None, None) where there are none. Refused where one split has none, or the test split
-    holds a class that training has not seen.
+    Refused where one split has none, or the test split a class that training has not seen.
     """
     if (train is None) != (test is None):
         raise Refused(f"{where}: labels of one split only; give them for both or for neither")
     if train is None:
         return [], None, None
-    classes = sorted(set(train))
     try:
-        classes.sort(key=to_float)
-    except ValueError:
-        pass  # words stay in the order of words
+        classes = sorted(set(train), key=to_float)
+    except ValueError:  # words
+        classes = sorted(set(train))
     if unseen := sorted(set(test) - set(classes)):
         raise Refused(f"{where}: test labels {unseen} do not occur in the training split, which "
                       f"has {classes}; mend or remove these series")
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, *(torch.tensor([number[v] for v in split]) for split in (train, test))
+    y_train, y_test = ([classes.index(name) for name in split] for split in (train, test))
+    return classes, torch.tensor(y_train, device=device), torch.tensor(y_test, device=device)
 
 
 def read(name, folder, mirrors):
@@ -373,8 +343,7 @@ def load(name="synthetic", folder="data", device="cpu", expected=None, mirrors=M
     `synthetic`: 1000 + 4000 series of the TwoPatterns process, the same whatever the seed.
     A path that ends in .npz: one's own arrays. Else a UCR set in `folder`, downloaded when absent.
     All series are stretched to the longest training series and scaled, in float64, by the training
-    split's mean and standard deviation per channel. expected: the digest of the files' bytes, where
-    they have to be those that a stage 1 was trained on.
+    split's mean and standard deviation per channel. expected: the digest that stage 1 has kept.
     """
     (train, y_train), (test, y_test), digest = read(name, Path(folder), mirrors)
     if expected and digest != expected:
@@ -388,8 +357,7 @@ def load(name="synthetic", folder="data", device="cpu", expected=None, mirrors=M
         raise Refused(f"{name}: series of {L} samples; the STFT needs 8")
     arrays = to_array(train, f"{name}, train", C, L), to_array(test, f"{name}, test", C, L)
     x_train, x_test, mean, std = (torch.tensor(v, device=device) for v in scale(*arrays, name))
-    classes, y_train, y_test = encode_labels(y_train, y_test, name)
-    y_train, y_test = (None if y is None else y.to(device) for y in (y_train, y_test))
+    classes, y_train, y_test = encode_labels(y_train, y_test, name, device)
     return Dataset(x_train.float(), y_train, x_test.float(), y_test, classes, mean, std, digest)
 
 
@@ -524,16 +492,14 @@ def write(path, content):
         buffer = io.BytesIO()
         content(buffer)
         content = buffer.getbuffer()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as aside:
+            temporary = Path(aside, path.name)
+            temporary.write_bytes(content)
+            temporary.replace(path)
     except OSError as error:
         raise Refused(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
 
 
 def one_cycle(done):
@@ -577,10 +543,7 @@ def replayed(step, device, eager=False):
 
 
 def record(sums, log, step, run):
-    """Log record: means by name of the terms summed since the last record. Waits for the device.
-
-    Refused naming the terms that are not finite.
-    """
+    """Log record: means by name of the terms summed since the last one, Refused if not finite."""
     first = log[-1]["step"] if log else 0
     terms = {name: value.item() / (step - first) for name, value in sums.items()}
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -641,15 +604,11 @@ def resume(parser, args, path, stage):
 
 
 def restore(state, parts):
-    """Load a checkpoint (or None) into its parts by name, and the random state -> its log.
-
-    Optimizers keep the rate and the switches that they were made with here.
-    """
+    """Load a checkpoint (or None) into its parts by name, and the random state -> its log."""
     if state is None:
         return []
-    for name, part in parts.items():
-        own = part.state_dict()
-        kept = {"param_groups": own["param_groups"]} if "param_groups" in own else {}
+    for name, part in parts.items():  # optimizers keep the rate and switches of this device
+        kept = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
         part.load_state_dict(state[name] | kept)
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
