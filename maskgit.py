@@ -3,12 +3,10 @@
     SCHEDULES, mask_tokens    how much is masked, and where (thesis 0.2.1, 0.2.3)
     masked_cross_entropy      the training loss
     MaskGIT                   the bidirectional transformer
-    guided                    its logits under a class label, with guidance
+    guided                    its logits_fn, s_M (B,N) -> logits (B,N,K), for labels, with guidance
     decode                    iterative decoding of masked entries (thesis 0.2.2)
     revise                    an addition to it: rounds that draw improbable entries anew
     nll_bound                 how well a prior knows given sequences
-
-`decode`, `revise` and `nll_bound` take a function s_M (B,N) -> logits (B,N,K), made by `guided`.
 
 Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guidance), Uria et al.
 2014 (the any-order bound).
@@ -36,17 +34,12 @@ def lowest(score, n):
     return score.argsort(1).argsort(1) < n  # ranks, 0 for the lowest
 
 
-def random_subset(n, N):
-    """A mask (B,N) that is True at n (B) random entries of each row."""
-    return lowest(torch.rand(len(n), N, device=n.device), n[:, None])
-
-
 def mask_tokens(s, schedule="cosine"):
     """is_masked (B,N) for training: ceil(gamma(r) N) >= 1 random entries a row, r ~ U(0,1)."""
     B, N = s.shape
     # fix: two public code bases keep this share and mask the rest
-    n_masked = (SCHEDULES[schedule](torch.rand(B, device=s.device)) * N).ceil().clamp_min(1)
-    return random_subset(n_masked, N)
+    n_masked = (SCHEDULES[schedule](torch.rand(B, 1, device=s.device)) * N).ceil().clamp_min(1)
+    return lowest(torch.rand(B, N, device=s.device), n_masked)
 
 
 def masked_cross_entropy(logits, s, is_masked):
@@ -60,9 +53,8 @@ def masked_cross_entropy(logits, s, is_masked):
 class MaskGIT(nn.Module):
     """Bidirectional transformer over a class token and N tokens: s_M (B,N), y (B) -> (B,N,K).
 
-    K: codes. N: sequence length. n_classes: 0 for unlabelled data. The output weights are the
-    token embedding. label_dropout: probability that a label is hidden from the model, in training
-    only, which is what makes guidance and unconditional sampling possible.
+    n_classes: 0 for unlabelled data. label_dropout: probability that a label is hidden, in training
+    only, which makes guidance and unconditional sampling possible.
     """
 
     def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
@@ -100,12 +92,10 @@ class MaskGIT(nn.Module):
 def guided(prior, y=None, scale=1.0):
     """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
 
-    scale, Ho and Salimans' 1 + w: 1 is the class-conditional model, 0 the unconditional one; above
-    1 the class shows more and variety less. Without y the model is unconditional. The prior must be
-    in eval mode, else it hides labels.
+    scale, Ho and Salimans' 1 + w: 1 is the class-conditional model, 0 the unconditional one, as
+    without y; above 1 the class shows more and variety less. Call with the prior in eval mode.
     """
     def logits_fn(s_M):
-        """s_M (B,N) -> logits (B,N,K)."""
         if y is None or scale == 1:
             return prior(s_M, y)
         l_class, l_null = prior(s_M, y), prior(s_M)
@@ -121,9 +111,7 @@ def gumbel_like(x):
 
 def draw(log_p, temperature):
     """Tokens (B,N) of log_p (B,N,K), softened by temperature; 0 takes the likeliest."""
-    if temperature == 0:
-        return log_p.argmax(-1)
-    return (log_p / temperature + gumbel_like(log_p)).argmax(-1)
+    return (log_p + temperature * gumbel_like(log_p)).argmax(-1)
 
 
 def log_p_of(s, log_p):
@@ -181,11 +169,10 @@ def nll_bound(logits_fn, s, mask_id):
 
     With n uniform on 1..N and n random entries masked, N/n times the summed cross-entropy of these
     entries is, on average, the negative log-likelihood of generating one entry at a time, averaged
-    over all orders, which bounds that of the mixture of orders (Uria et al. 2014). A uniform prior
-    scores N log K whatever is drawn.
+    over all orders, which bounds that of the mixture of orders (Uria et al. 2014).
     """
     B, N = s.shape
     n = torch.randint(1, N + 1, (B,), device=s.device)
-    is_masked = random_subset(n, N)
+    is_masked = lowest(torch.rand(B, N, device=s.device), n[:, None])
     log_p = logits_fn(s.masked_fill(is_masked, mask_id)).log_softmax(-1)
     return -log_p_of(s, log_p).where(is_masked, 0).sum(1) * N / n

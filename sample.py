@@ -4,16 +4,14 @@
     python sample.py --evaluate
     python sample.py --impute 40:70
 
-Leaves in the run folder: metrics.json, and samples.npz (x (n,C,L) in the data's own units, y (n)
-the names of their classes, "" without one, s (n,N)) and samples.png; or imputed.npz
-(x (n,10,C,END-START)).
+Leaves in the run folder: metrics.json; samples.png and samples.npz (x (n,C,L) in the data's own
+units, class names y (n), "" without one, s (n,N)), or imputed.npz (x (n,10,C,END-START)).
 Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
 own training split; so their values compare with each other, not with those of other weights.
 """
 
 import argparse
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -32,16 +30,13 @@ from vqvae import VQVAE
 
 style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
 
-N_FILLINGS = 10  # of each series to impute
-
 
 def flags():
-    """The command line."""
     parser = argparse.ArgumentParser(description="Generate series from a trained run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("what to draw").add_argument
+    group = parser.add_argument_group("what to draw")
+    add, what = group.add_argument, group.add_mutually_exclusive_group()
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series")
-    what = parser.add_mutually_exclusive_group()
     what.add_argument("--label", metavar="CLASS", help="this class alone, not as in training")
     what.add_argument("--unconditional", action="store_true", help="without a class")
     what.add_argument("--impute", type=stretch, metavar="START:END",
@@ -95,9 +90,6 @@ def to_series(vqvae, s, noise):
     return vqvae.detokenize(s) + noise * vqvae.noise(s)
 
 
-# ---- how good they are --------------------------------------------------------------------------
-
-
 def train_fcn(x, y, n_classes, n_steps, name):
     """Fully convolutional classifier (Wang et al. 2017) trained on x (B,C,L), y (B), in eval mode.
 
@@ -149,8 +141,7 @@ def nearest_distance(x, x_train):
 def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
-    real: FID of one half of the test split from the other (fewer series, so no lower bound), CAS of
-    the training split. reconstructed: what the tokens allow, of both splits reconstructed.
+    fid_real: of one half of the test split from the other; fewer series, so no lower bound.
     """
     fcn = train_fcn(d.x_train, d.y_train, len(d.classes), fcn_steps, "real")
     real = data.in_batches(fcn[:-1], d.x_test)
@@ -188,18 +179,15 @@ def fit_two_steps(x):
     cut = until.cummin(1).values + since.flip(1).cummin(1).values.flip(1)
     cut = cut.argmin(1, keepdim=True)
     best = torch.stack([cost.where(end <= cut, math.inf).argmin(1),
-                        cost.where(T >= cut, math.inf).argmin(1)])  # (2,n)
-    t, shape = torch.arange(128, device=x.device), 0
-    for i in best:
-        sign = fall.gather(1, i[:, None]).sign()
-        first, second, last = (v[i][:, None] for v in (T, middle, end))
-        inside = ((t >= first) & (t < last)).float()
-        shape = shape + sign * level * inside * torch.where(t < second, 1.0, -1.0)
+                        cost.where(T >= cut, math.inf).argmin(1)])[..., None]  # (2,n,1)
+    fall = fall.expand(2, -1, -1).gather(2, best)
+    t = torch.arange(128, device=x.device)
+    shape = fall.sign() * torch.where(t < middle[best], level, -level)  # (2,n,128)
+    shape = shape.where((t >= T[best]) & (t < end[best]), 0).sum(0)  # one ends before two begins
     is_off = (x - shape).abs() > 0.5 * level
     ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
-    is_up = torch.stack([fall.gather(1, i[:, None])[:, 0] < 0 for i in best])
-    params = T[best[0]], l[best[0]], T[best[1]] - end[best[0]], l[best[1]]
-    return ok, is_up[0] + 2 * is_up[1], params
+    is_up, (one, two) = fall[..., 0] < 0, best[..., 0]
+    return ok, is_up[0] + 2 * is_up[1], (T[one], l[one], T[two] - end[one], l[two])
 
 
 def ks_distance(a, b):
@@ -210,8 +198,7 @@ def ks_distance(a, b):
 
 
 def two_patterns_scores(x_rec, y_rec, x, y):
-    """Share of TwoPatterns series that are well-formed and of their class, and how far generated
-    ones x, y are from reconstructed ones in the distributions of start, lengths and gap."""
+    """Shares of series well-formed and of their class; KS distances of their parameters."""
     figures, parameters = {}, []
     for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
         ok, label, fitted = fit_two_steps(v[:, 0])
@@ -223,7 +210,7 @@ def two_patterns_scores(x_rec, y_rec, x, y):
     return figures
 
 
-def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
+def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     """Novelty of x and, with labels y, `scores` and `two_patterns_scores`, by name.
 
     Novelty: median distance of generated series to their nearest training series over that of the
@@ -240,12 +227,9 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, is_two_patterns):
               "larger --shift, make newer ones")
     if y is not None and min(len(x), len(d.x_test)) >= 4:
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
-    if y is not None and is_two_patterns:
+    if y is not None and name in ("synthetic", "TwoPatterns") and vqvae.L == 128:
         figures |= two_patterns_scores(x_rec, d.y_test, x, y)
     return figures
-
-
-# ---- pictures and the script --------------------------------------------------------------------
 
 
 def draw_samples(run, x, y, classes, d):
@@ -255,19 +239,18 @@ def draw_samples(run, x, y, classes, d):
     kinds.append(("generated", x, y, "C0"))
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 2.7 * len(kinds)), layout="constrained")
     axes = figure.subplots(3 * len(kinds), len(columns), sharex=True, sharey=True, squeeze=False)
-    for k, (kind, v, labels, color) in enumerate(kinds):
-        for column, c in enumerate(columns):
-            rows = v if c is None else v[labels == c]
-            for i, row in enumerate(rows[:: max(1, len(rows) // 3)][:3]):
-                axes[3 * k + i, column].plot(row[0].cpu(), lw=1, color=color)
-            axes[0, column].set_title("all" if c is None else f"class {classes[c]}", fontsize=10)
-            axes[-1, column].set_xlabel("time step")
-        axes[3 * k + 1, 0].set_ylabel(f"{kind}, scaled", fontsize=9)
+    for block, (kind, v, labels, color) in zip(np.split(axes, len(kinds)), kinds):
+        for column, c in zip(block.T, columns):
+            rows, title = (v, "all") if c is None else (v[labels == c], f"class {classes[c]}")
+            column[0].set_title(f"{kind}, {title}", fontsize=9)
+            for axis, row in zip(column, rows[:3]):
+                axis.plot(row[0].cpu(), lw=1, color=color)
+    figure.supxlabel("time step")
     data.write(run / "samples.png", figure.savefig)
 
 
 def impute(run, vqvae, prior, d, args):
-    """Refill x[start:end] of the first n test series N_FILLINGS times; errors against the truth."""
+    """Refill x[start:end] of the first n test series ten times; errors against the truth."""
     start, end = args.impute
     x = d.x_test[: args.n]
     # tokens outside the stretch see into it: a straight line stands there instead of the truth
@@ -276,18 +259,17 @@ def impute(run, vqvae, prior, d, args):
     ends = (before if start else after), (after if end < vqvae.L else before)
     hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
 
-    # samples of each column: frames are centred at multiples of hop
-    n_rows, n_columns = vqvae.grid
-    first = torch.arange(n_columns, device=x.device) * vqvae.stride - vqvae.hop / 2
-    last = first + vqvae.stride
-    last[-1] = vqvae.L  # halving drops odd columns, so the rest is the last one's
-    is_touched = ((first < end) & (last > start)).repeat(n_rows)
+    # the columns of its samples: frames are centred at multiples of hop
+    columns = (torch.arange(start, end, device=x.device) + vqvae.hop // 2) // vqvae.stride
+    columns = columns.clamp_max(vqvae.grid[1] - 1)  # halving drops odd ones: the rest is the last's
+    is_touched = torch.zeros(vqvae.grid, dtype=torch.bool, device=x.device)
+    is_touched[:, columns] = True
     K = len(vqvae.quantizer.codebook)
-    s_M = data.in_batches(vqvae.tokenize, hidden).masked_fill(is_touched, K)
-    s = generate(prior, K, None, s_M.repeat_interleave(N_FILLINGS, 0), args.steps,
+    s_M = data.in_batches(vqvae.tokenize, hidden).masked_fill(is_touched.flatten(), K)
+    s = generate(prior, K, None, s_M.repeat_interleave(10, 0), args.steps,
                  args.temperature, 1.0, args.rounds)
     filled = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
-    filled = filled.view(len(x), N_FILLINGS, *x.shape[1:])[..., start:end]
+    filled = filled.unflatten(0, (len(x), -1))[..., start:end]
     x_own = (filled.double() * d.std + d.mean).cpu()  # in the data's own units
     data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
     truth = x[:, None, :, start:end]
@@ -316,8 +298,7 @@ if __name__ == "__main__":
         if args.prior == "maskgit":
             stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
             if not torch.equal(stage2["codebook"], stage1["model"]["quantizer.codebook"]):
-                raise data.Refused(f"{run}/stage2.pt is of the tokens of another stage1.pt; train "
-                                   "stage 2 anew")
+                raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
             prior = data.rebuild(MaskGIT, stage2, device)
         name, d = args.dataset or stage1["flags"]["dataset"], None
         if args.evaluate or args.impute:
@@ -325,7 +306,7 @@ if __name__ == "__main__":
 
         if args.impute:
             data.report(run, "imputed", impute(run, vqvae, prior, d, args))
-            sys.exit()
+            raise SystemExit
         y = None
         if classes and args.prior == "maskgit" and not args.unconditional:
             y = torch.tensor(stage1["shares"]).multinomial(args.n, replacement=True).to(device)
@@ -342,6 +323,5 @@ if __name__ == "__main__":
         draw_samples(run, x, y, classes, d)
         figures = {"drawing_seconds": seconds}
         if d:
-            is_two_patterns = Path(name).stem in ("synthetic", "TwoPatterns") and vqvae.L == 128
-            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, is_two_patterns)
+            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).stem)
         data.report(run, "samples", figures)

@@ -113,10 +113,8 @@ def decorrelation(Z):
 
 @full_precision
 def vbcreg(Z1, Z2):
-    """VbCReg (thesis 0.3.2): 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + 100 (FD(Z1) + FD(Z2)).
-
-    Weighted as in the follow-up (NC-VQVAE, arXiv 2408.16613).
-    """
+    """VbCReg (thesis 0.3.2): 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + 100 (FD(Z1) + FD(Z2))."""
+    # follow-up: the weights
     return {
         "similarity": 25 * similarity(Z1, Z2),
         "expressiveness": 25 * (expressiveness(Z1) + expressiveness(Z2)),
@@ -130,8 +128,7 @@ class IterNorm(nn.Module):
     Within each group, P_0 = I and P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2 tends to S^{-1/2}, where S is
     the group's covariance (plus eps I) over its trace; P_T / sqrt(trace) whitens. Five steps leave
     the smallest directions partly whitened, which keeps B < group_size finite. Eval mode uses
-    running averages of mean and whitening matrix, with `momentum` the weight of the new value.
-    ValueError if group_size does not divide F. Below, G groups of d = group_size features.
+    running averages of mean and whitening matrix. Below, G groups of d = group_size features.
     """
 
     def __init__(self, F, group_size=64, T=5, eps=1e-5, momentum=0.1):
@@ -160,14 +157,13 @@ class IterNorm(nn.Module):
     @full_precision
     def forward(self, Z):
         groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
+        mean, P = self.running_mean, self.running_whitening
         if self.training:
             mean = groups.mean(-1, keepdim=True)
             P = self.whitening(groups - mean)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_whitening.lerp_(P, self.momentum)
-        else:
-            mean, P = self.running_mean, self.running_whitening
         return (P @ (groups - mean)).reshape(-1, len(Z)).T * self.weight + self.bias
 
 

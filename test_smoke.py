@@ -217,7 +217,7 @@ def test_noise_is_white_and_of_the_deviation_that_reconstructions_lack():
     (H, W), s = model.grid, torch.randint(3, (1, math.prod(model.grid)))
     least = [[min(model.noise_floor[c, h, s[0, h * W + w]].item() for h in range(H))
               for w in range(W)] for c in range(2)]
-    expected = [np.interp(np.linspace(0, W - 1, 256), range(W), row) for row in least]
+    expected = [np.interp((np.arange(256) + 0.5) * W / 256 - 0.5, range(W), row) for row in least]
     assert np.allclose(model.noise(s.expand(4000, -1)).std(0), expected, rtol=0.06)
 
 

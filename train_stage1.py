@@ -16,15 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
 from ssl_losses import barlow_twins, projector, vbcreg, vicreg
 from vqvae import VQVAE, perplexity
-
-style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
 
 SSL_LOSSES = {"none": None, "barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # the thesis does not say w_ssl; the follow-up has 1 for barlow, 0.01 for vicreg and vbcreg
@@ -47,7 +44,7 @@ def flags():
         help="addition: series are shifted by up to this many columns; 0 is without")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
-    add("--columns", type=data.number(int, 1, 4096), default=8,
+    add("--columns", type=data.number(int, 2, 4096), default=8,
         help="W', columns of the latent grid, is the halving of time that comes nearest to this")
     add("--token-noise", type=data.number(float, 0, 1), default=0.2,
         help="addition: highest probability that the decoder sees a random token; 0 is without")
@@ -107,7 +104,9 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
 
     # z_q -> Y -> Z and z' -> Y' -> Z'
     z_q_ssl = z_q
-    if views == 2:  # follow-up: one view is x itself; thesis: both are distorted, the codes see x''
+    # follow-up: one view is x itself; thesis: both are distorted, so that the codes also see x'',
+    # and their averages move twice a step
+    if views == 2:
         z_q_ssl, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
     # follow-up: Y pools z_q (straight-through, so that the loss shapes the codes) and Y' pools z',
     # where the text has both alike; the mean alone, without the follow-up's maximum beside it
@@ -119,13 +118,6 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     loss = (mse_x + mse_u + commitment + VIEW_WEIGHT * (view_mse_x + view_mse_u)
             + ssl_weight * sum(ssl_terms.values()))
     return loss, terms, s
-
-
-def represent(model, x):
-    """x (B,C,L) -> x^ (B,C,L), average-pooled z_q (B,D), tokens s (B,N). Call in eval mode."""
-    s = data.in_batches(model.tokenize, x)
-    Y = data.in_batches(lambda s: model.quantizer.codebook[s].mean(1), s)
-    return data.in_batches(model.detokenize, s), Y, s
 
 
 def nearest_neighbours(Y_train, y_train, Y_test, k=5):
@@ -160,9 +152,11 @@ def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
 def evaluate(model, d):
     """Figures of the test split (train_mse: of training); both probes learn on the training
     split's average-pooled z_q, scaled to [-1,1] by it."""
-    x_hat, Y, s = represent(model, d.x_test)
-    x_hat_train, Y_train, _ = represent(model, d.x_train)
-    counts = torch.bincount(s.flatten(), minlength=len(model.quantizer.codebook))
+    s, s_train = (data.in_batches(model.tokenize, x) for x in (d.x_test, d.x_train))
+    x_hat, x_hat_train = (data.in_batches(model.detokenize, v) for v in (s, s_train))
+    codebook = model.quantizer.codebook
+    Y, Y_train = (data.in_batches(lambda v: codebook[v].mean(1), v) for v in (s, s_train))
+    counts = torch.bincount(s.flatten(), minlength=len(codebook))
     figures = {
         "test_mse": F.mse_loss(x_hat, d.x_test).item(),
         "train_mse": F.mse_loss(x_hat_train, d.x_train).item(),
@@ -177,22 +171,17 @@ def evaluate(model, d):
     return figures
 
 
+@torch.no_grad()
 def draw_reconstructions(run, model, d):
-    """A row a class, at most 10: the first channel of x in grey behind x^; training split left."""
-    rows = min(10, max(1, len(d.classes)))
-    figure = Figure(figsize=(9, 1.3 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
-    splits = ("train", d.x_train, d.y_train), ("test", d.x_test, d.y_test)
-    for column, (split, x, y) in zip(axes.T, splits):
-        column[0].set_title(split)
-        column[-1].set_xlabel("time step")
-        for c, axis in enumerate(column):
-            one = x[y == c][:1] if d.classes else x[:1]
-            if len(one):  # the test split may lack a class
-                axis.plot(one[0, 0].cpu(), color="0.6", lw=1, label="x")
-                axis.plot(represent(model, one)[0][0, 0].cpu(), color="C0", lw=1.2, label="x^")
-            axis.set_ylabel(f"class {d.classes[c]}" if d.classes else "")
-    axes[0, 0].legend(loc="upper right", fontsize=8)
+    """Six test series, evenly spaced: the first channel of x in grey behind x^."""
+    x = d.x_test[torch.linspace(0, len(d.x_test) - 1, 6).long()]
+    figure = Figure(figsize=(6, 8), layout="constrained")
+    axes = figure.subplots(6, sharex=True)
+    for axis, one, one_hat in zip(axes, x, model.detokenize(model.tokenize(x))):
+        axis.plot(one[0].cpu(), color="0.6", lw=1, label="x")
+        axis.plot(one_hat[0].cpu(), color="C0", lw=1.2, label="x^")
+    axes[0].legend(loc="upper right", fontsize=8)
+    axes[-1].set_xlabel("time step")
     data.write(run / "reconstructions.png", figure.savefig)
 
 

@@ -20,7 +20,6 @@ import data
 from maskgit import SCHEDULES, MaskGIT, guided, mask_tokens, masked_cross_entropy, nll_bound
 from vqvae import VQVAE
 
-BOUND_DRAWS = 2  # per series
 LOG_EVERY = 100  # steps
 
 
@@ -33,10 +32,9 @@ def flags():
     add("--data-dir", default="data", help="where UCR files are")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="addition: series shifted by up to this many columns are learned; 0 is without")
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("optimisation").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine",
         help="gamma(r) of training; decoding is by the cosine")
-    add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=data.number(int, 1), default=4000, help="length of the training")
     add("--batch-size", type=data.number(int, 1, 10**6), default=64,
         help="B, or all series where there are fewer; published 256")
@@ -44,13 +42,13 @@ def flags():
     return data.run_flags(parser, trains=True)
 
 
-def bound(prior, s, y):
-    """Mean over the rows of s (n,N) of `nll_bound`, BOUND_DRAWS times each, and its standard error,
-    in nats a series; prior in eval mode."""
-    rows = torch.arange(len(s), device=s.device).repeat(BOUND_DRAWS)
+def bound(prior, s, y, n_draws=2):
+    """Mean over the rows of s (n,N) of `nll_bound`, n_draws times each, and its standard error, in
+    nats a series; prior in eval mode."""
+    rows = torch.arange(len(s), device=s.device).repeat(n_draws)
     nats = torch.cat([
         nll_bound(guided(prior, None if y is None else y[i]), s[i], prior.mask_id)
-        for i in rows.split(1000)]).view(BOUND_DRAWS, -1).mean(0)
+        for i in rows.split(1000)]).view(n_draws, -1).mean(0)
     return nats.mean().item(), nats.std(correction=0).item() / len(nats) ** 0.5
 
 
@@ -64,8 +62,7 @@ if __name__ == "__main__":
         stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
         codebook = stage1["model"]["quantizer.codebook"]
         if state and not torch.equal(state["codebook"], codebook):
-            raise data.Refused(f"{run}/stage1.pt has changed since stage2.pt was made from it; "
-                               "train stage 2 anew")
+            raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
         vqvae = data.rebuild(VQVAE, stage1, device)
         d = data.load(args.dataset or stage1["flags"]["dataset"], args.data_dir, device,
                       stage1["digest"])
@@ -86,8 +83,7 @@ if __name__ == "__main__":
         # Muon (Jordan et al. 2024) for the layers' matrices, in steps of AdamW's size
         matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
         others = [W for W in prior.parameters() if W not in set(matrices)]
-        muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1,
-                                adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, args.lr, (0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=device.type == "cuda")
         rate = torch.ones((), device=device)  # in units of args.lr

@@ -5,9 +5,8 @@
     VectorQuantizer    z -> z_q and s, a codebook learned by exponential moving average
     VQVAE              all of it: x -> x^; encode, decode, tokenize, detokenize
 
-Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE and, in its
-appendix A.1, the moving-average codebook); Lee et al. 2023, "Vector Quantized Time Series
-Generation with a Bidirectional Prior Model" (TimeVQVAE, which fills the empty heading 0.1).
+Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE); Lee et al.
+2023, "Vector Quantized Time Series Generation with a Bidirectional Prior Model" (for thesis 0.1).
 
 Notation: B batch, C channels, L series length, H x W STFT bins x frames, H' x W' latent grid,
 N = H'W' tokens, D latent width, K codes; x series (B,C,L), u its STFT (B,2C,H,W),
@@ -36,9 +35,8 @@ def stft(x, n_fft=8, hop=2):
 def istft(u, length, n_fft=8, hop=2):
     """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), which W alone leaves open by one sample.
 
-    Windowed frames are added where they overlap and divided by the sum of the squared windows, as
-    torch.istft does; but that looks whether the sum is zero anywhere, for which the CPU has to wait
-    for the GPU. n_fft is a multiple of hop, and at least twice as large.
+    As torch.istft does it; but that looks whether the squared windows' sum is zero anywhere, for
+    which the CPU has to wait for the GPU.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -46,10 +44,9 @@ def istft(u, length, n_fft=8, hop=2):
 
     def overlap_add(frames):
         """(rows,n_fft,W) -> (rows,length), without the border that stft has reflected."""
-        pieces = rearrange(frames, "rows (n hop) w -> n rows hop w", hop=hop)
-        last = len(pieces) - 1
-        x = sum(F.pad(piece, (i, last - i)) for i, piece in enumerate(pieces))
-        return rearrange(x, "rows hop w -> rows (w hop)")[:, n_fft // 2 :][:, :length]
+        size = 1, n_fft + hop * (frames.shape[-1] - 1)
+        x = F.fold(frames, size, kernel_size=(1, n_fft), stride=(1, hop))  # (rows,1,1,padded)
+        return x[:, 0, 0, n_fft // 2 :][:, :length]
 
     x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
     return rearrange(x, "(b c) l -> b c l", b=len(u))
@@ -73,11 +70,8 @@ class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
     `codebook` (K,D) equals `sums` / `counts`, the averaged sum and number of the latents that chose
-    each code. A code that almost nothing chooses is moved onto a random latent of the batch
-    together with its sum and count, so that the next average does not drag it back. Counts start at
-    zero, so the first training batch places every code by that rule; until then all codes are 0.
-
-    decay: share of the old average kept a step. In eval mode no buffer changes.
+    each code; `decay` is the share of the old average kept a step. Counts start at 0, so `revive`
+    places all codes on the first training batch; until then they are 0. Eval mode changes nothing.
     """
 
     def __init__(self, K=32, D=64, decay=0.9):
@@ -152,13 +146,10 @@ class VQVAE(nn.Module):
     # follow-up: D, K, the decay, and the weight 1 of the commitment loss
     def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, columns=8):
         super().__init__()
-        if L < n_fft:
-            raise ValueError(f"series of length {L}: at least {n_fft} samples are needed")
         self.L, self.n_fft, self.hop = L, n_fft, hop
         H, W = n_fft // 2 + 1, L // hop + 1
         n_halvings = max(0, round(math.log2(W / columns)))
-        widths = [W // 2**i for i in range(n_halvings + 1)]
-        self.grid, self.stride = (H, widths[-1]), hop * 2**n_halvings
+        self.grid, self.stride = (H, W // 2**n_halvings), hop * 2**n_halvings
 
         along_time = dict(kernel_size=(3, 4), stride=(1, 2), padding=1)
         down, up = [], []
@@ -167,7 +158,7 @@ class VQVAE(nn.Module):
             if i:
                 down += [nn.BatchNorm2d(D), nn.ReLU()]
             down += [nn.Conv2d(channels, D, **along_time)]
-            odd = (0, widths[i] % 2)  # a halving drops an odd width's last column: put it back
+            odd = (0, W // 2**i % 2)  # a halving drops an odd width's last column: put it back
             upsample = nn.ConvTranspose2d(D, channels, output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), upsample, *up]
         down = down or [nn.Conv2d(2 * C, D, 3, padding=1)]  # short series: no halving
@@ -216,16 +207,14 @@ class VQVAE(nn.Module):
         than stft(x^), averaged over the cells of bin h that hold code k; that of a code with not
         many more than `rare` cells is drawn towards the mean of its bin.
         """
-        def power(x):
-            """x (B,C,L) -> |stft(x)|^2 (B,C,H,W)."""
-            return reduce(self.stft(x).square(), "b (c part) h w -> b c h w", "sum", part=2)
-
         (H, W), K = self.grid, len(self.quantizer.codebook)
         total, count = torch.zeros_like(self.noise_floor), x.new_zeros(H, K)
         for rows in x.split(500):
             s = self.tokenize(rows)
-            excess = power(rows) - power(self.detokenize(s))
-            excess = F.adaptive_avg_pool2d(excess, self.grid)  # (B,C,H,W')
+            power, power_hat = (  # |u|^2, |u^|^2 (B,C,H,W)
+                reduce(self.stft(x).square(), "b (c part) h w -> b c h w", "sum", part=2)
+                for x in (rows, self.detokenize(s)))
+            excess = F.adaptive_avg_pool2d(power - power_hat, self.grid)  # (B,C,H,W')
             chosen = F.one_hot(s.view(-1, H, W), K).float()
             total += torch.einsum("bchw,bhwk->chk", excess, chosen)
             count += chosen.sum((0, 2))
@@ -235,12 +224,10 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> white noise (B,C,L), in each column of the least deviation among its bins.
-
-        White noise is the same in all bins, so the least of them bounds it.
-        """
+        """s (B,N) -> white noise (B,C,L), in each column of the least deviation among its bins."""
+        # white noise is the same in all bins, so the least of them bounds it
         H, W = self.grid
         bins = torch.arange(H, device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, H, W)].amin(2).transpose(0, 1)  # (B,C,W')
-        deviation = F.interpolate(deviation, self.L, mode="linear", align_corners=True)
+        deviation = F.interpolate(deviation, self.L, mode="linear")
         return deviation * torch.randn_like(deviation)
