@@ -122,8 +122,8 @@ def class_name(label, where):
 
 
 def text_lines(path):
-    """(number from 1, line) of a file's lines that are not blank; no UTF-8 is read as \\x.."""
-    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
+    """(number from 1, line) of a file's lines that are not blank; what is no UTF-8 is U+FFFD."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" \f\v")]
     if not lines:
         raise Refused(f"{path}: the file is empty; put the series there again")
@@ -175,6 +175,8 @@ def read_ts_row(line, has_labels, where):
     """One series (C,l) and its class name, or None where rows have no label."""
     *channels, label = line.split(":")
     expected = "numbers with commas between them, then a colon and a label"
+    if has_labels and "\ufffd" in label:
+        raise Refused(f"{where}: the label is not in UTF-8; save the file in it")
     if not has_labels:
         channels += [label] if label.strip() else []
         expected = "numbers with commas between them, as the header has no '@classLabel true'"
@@ -242,11 +244,13 @@ def fetch(name, folder, mirrors=MIRRORS):
             pair = locate(name, zipfile.Path(io.BytesIO(download(address))))
             if not pair:
                 raise ValueError(f"the zip holds no {name}_TRAIN and {name}_TEST")
-            for member, content in [(path.name, path.read_bytes()) for path in pair]:
-                write(folder / name / member, content)
-            return locate(name, folder)
-        except Exception as error:  # of the connection, the zip or the disk, by many names
+            members = {path.name: path.read_bytes() for path in pair}
+        except Exception as error:  # of the connection or of the zip, by many names
             failures.append(f"{address} ({str(error) or type(error).__name__})")
+            continue
+        for member, content in members.items():
+            write(folder / name / member, content)
+        return locate(name, folder)
     raise Refused(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
         f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"

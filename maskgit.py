@@ -96,6 +96,7 @@ def guided(prior, y=None, scale=1.0):
     without y; above 1 the class shows more and variety less. Call with the prior in eval mode.
     """
     def logits_fn(s_M):
+        """s_M (B,N) -> logits (B,N,K)."""
         if y is None or scale == 1:
             return prior(s_M, y)
         l_class, l_null = prior(s_M, y), prior(s_M)
@@ -135,7 +136,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
         drawn = draw(log_p, temperature)
         score = log_p_of(drawn, log_p)
         score = score + choice_temperature * (1 - t / n_steps) * gumbel_like(score)
-        gamma = math.cos(math.pi / 2 * t / n_steps)
+        gamma = SCHEDULES["cosine"](torch.tensor(t / n_steps, dtype=torch.float64))
         n_left = (gamma * n).floor().minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)
         s_M = s_M.where(~is_masked, drawn).masked_fill(is_left, mask_id)
