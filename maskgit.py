@@ -3,7 +3,7 @@
     SCHEDULES, mask_tokens    how much is masked, and where (thesis 0.2.1, 0.2.3)
     masked_cross_entropy      the training loss
     MaskGIT                   the bidirectional transformer
-    guided                    its logits_fn, s_M (B,N) -> logits (B,N,K), for labels, with guidance
+    guided                    a prior's logits_fn, s_M (B,N) -> logits (B,N,K), under labels
     decode                    iterative decoding of masked entries (thesis 0.2.2)
     revise                    an addition to it: rounds that draw improbable entries anew
     nll_bound                 how well a prior knows given sequences
@@ -44,8 +44,8 @@ def mask_tokens(s, schedule="cosine"):
 
 def masked_cross_entropy(logits, s, is_masked):
     """Mean K-way cross-entropy over the masked entries only: logits (B,N,K), s (B,N) -> scalar."""
-    # fix: the thesis says binary cross-entropy, but an entry has K outcomes; and of all entries,
-    # but known ones are in the input and teach nothing
+    # fix: the thesis has binary cross-entropy over all entries; but an entry has K outcomes, and
+    # known ones are in the input and teach nothing
     losses = F.cross_entropy(logits.transpose(1, 2), s, reduction="none")  # (B,N)
     return losses.where(is_masked, 0).sum() / is_masked.sum()
 
@@ -136,6 +136,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
         drawn = draw(log_p, temperature)
         score = log_p_of(drawn, log_p)
         score = score + choice_temperature * (1 - t / n_steps) * gumbel_like(score)
+        # float64, as fp32 rounds some counts down by one
         gamma = SCHEDULES["cosine"](torch.tensor(t / n_steps, dtype=torch.float64))
         n_left = (gamma * n).floor().minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)

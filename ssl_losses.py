@@ -9,7 +9,7 @@
 
 Each loss takes two projections Z1, Z2 (B,F) of two views of the same series and returns its
 weighted terms by name; the loss is their sum. Losses and IterNorm leave autocast and compute in
-fp32 (float64 stays), as squares of correlations drown in half precision. They need B >= 2.
+fp32 (float64 stays), as small squares are lost in half precision. They need B >= 2.
 
 Papers: Zbontar et al. 2021 (Barlow Twins), Bardes et al. 2022 (VICReg), Lee and Aune 2021
 (VIbCReg, which the thesis calls VbCReg), Huang et al. 2019 (IterNorm).
@@ -105,8 +105,8 @@ def decorrelation(Z):
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.
     """
-    # fix: the text lacks the 1/B in Zbar; its norm is of the whole matrix as printed, and
-    # 1/(B-1) belongs to a covariance, not to columns that are normalised already
+    # fix: the text's Zbar lacks 1/B, its norm is that of the whole matrix, and its 1/(B-1) belongs
+    # to a covariance, not to columns that are normalised already
     U = nn.functional.normalize(Z - Z.mean(0), dim=0)
     return off_diagonal_squares(U, U) / Z.shape[1] ** 2
 
@@ -151,7 +151,7 @@ class IterNorm(nn.Module):
         S = covariance / trace
         P = 1.5 * identity - 0.5 * S  # P_1
         for _ in range(self.T - 1):
-            P = torch.baddbmm(P, P @ P @ P, S, beta=1.5, alpha=-0.5)
+            P = torch.baddbmm(P, P @ P @ P, S, beta=1.5, alpha=-0.5)  # (3 P - P^3 S) / 2
         return P / trace.sqrt()
 
     @full_precision

@@ -273,6 +273,12 @@ def test_known_values_and_full_precision():
         rounded = f(Z1.bfloat16().float(), Z2.bfloat16().float())
         assert same([*inside.values()], [*f(Z1, Z2).values()])
         assert same([*halved.values()], [*rounded.values()])
+    twins, z = (vqvae.VectorQuantizer(8, 4), vqvae.VectorQuantizer(8, 4)), torch.randn(9, 4, 5, 2)
+    for twin, is_inside in zip(twins, (False, True)):  # the averages, too
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+            twin(z)
+    assert same(*([*twin.state_dict().values()] for twin in twins))
 
 
 def test_iternorm():

@@ -43,8 +43,8 @@ def flags():
 
 
 def bound(prior, s, y, n_draws=2):
-    """Mean over the rows of s (n,N) of `nll_bound`, n_draws times each, and its standard error, in
-    nats a series; prior in eval mode."""
+    """Mean of `nll_bound` over the rows of s (n,N), given y (n) or None, and its standard error, in
+    nats a series, from n_draws a row; prior in eval mode."""
     rows = torch.arange(len(s), device=s.device).repeat(n_draws)
     nats = torch.cat([
         nll_bound(guided(prior, None if y is None else y[i]), s[i], prior.mask_id)
@@ -105,8 +105,8 @@ if __name__ == "__main__":
             before = [W.detach().clone() for W in prior.parameters()]
             muon.step()
             adamw.step()
-            # the schedule's share of a step at the highest rate: Muon takes a number for its rate,
-            # which a replayed step would never read again; both steps are linear in theirs
+            # both steps, linear in their rates, are scaled afterwards: Muon's rate is a number,
+            # which a replayed step would not read anew
             for W, W_before in zip(prior.parameters(), before):
                 W.data.lerp_(W_before, 1 - rate)
             is_right = (logits.argmax(-1) == s) & is_masked

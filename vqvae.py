@@ -33,10 +33,9 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), which W alone leaves open by one sample.
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W would fit `hop` different lengths.
 
-    As torch.istft does it; but that looks whether the squared windows' sum is zero anywhere, for
-    which the CPU has to wait for the GPU.
+    What torch.istft does, less its check for zero windows, which makes the CPU wait for the GPU.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -66,6 +65,12 @@ class ResidualBlock(nn.Module):
         return z + self.layers(z)
 
 
+def no_autocast(device):
+    """Context of full precision, in which codes are chosen and averaged also under autocast."""
+    has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device has none
+    return torch.autocast(device.type if has_autocast else "cpu", enabled=False)
+
+
 class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
@@ -83,8 +88,7 @@ class VectorQuantizer(nn.Module):
 
     def distances(self, z):
         """Squared Euclidean distance of each latent to each code: (B,D,H',W') -> (B,N,K), fp32."""
-        has_autocast = torch.amp.is_autocast_available(z.device.type)
-        with torch.autocast(z.device.type if has_autocast else "cpu", enabled=False):
+        with no_autocast(z.device):
             z = rearrange(z.float(), "b d h w -> b (h w) d")
             cross = z @ self.codebook.T
             return z.square().sum(-1, keepdim=True) - 2 * cross + self.codebook.square().sum(-1)
@@ -125,8 +129,10 @@ class VectorQuantizer(nn.Module):
     def update(self, latents, s):
         """One moving-average step from latents (B*N,D) and the tokens s (B*N) that they chose."""
         chosen = F.one_hot(s, len(self.codebook)).to(latents.dtype)  # (B*N,K)
+        with no_autocast(latents.device):
+            sums = chosen.T @ latents
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)
-        self.sums.lerp_(chosen.T @ latents, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
         self.codebook.copy_(self.sums / self.counts[:, None])
 
 
@@ -203,19 +209,19 @@ class VQVAE(nn.Module):
     def fit_noise_floor(self, x, rare=10):
         """Set `noise_floor` (C,H,K) from series x (n,C,L). Call in eval mode.
 
-        It is the deviation of the white noise whose power in bin h is what stft(x) has there more
-        than stft(x^), averaged over the cells of bin h that hold code k; that of a code with not
-        many more than `rare` cells is drawn towards the mean of its bin.
+        It is the deviation of white noise whose power in bin h is the mean excess of |stft(x)|^2
+        over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells, about
+        `rare` of them, is drawn towards the mean of its bin.
         """
-        (H, W), K = self.grid, len(self.quantizer.codebook)
-        total, count = torch.zeros_like(self.noise_floor), x.new_zeros(H, K)
+        K = len(self.quantizer.codebook)
+        total, count = torch.zeros_like(self.noise_floor), x.new_zeros(self.grid[0], K)
         for rows in x.split(500):
             s = self.tokenize(rows)
             power, power_hat = (  # |u|^2, |u^|^2 (B,C,H,W)
-                reduce(self.stft(x).square(), "b (c part) h w -> b c h w", "sum", part=2)
-                for x in (rows, self.detokenize(s)))
+                reduce(self.stft(v).square(), "b (c part) h w -> b c h w", "sum", part=2)
+                for v in (rows, self.detokenize(s)))
             excess = F.adaptive_avg_pool2d(power - power_hat, self.grid)  # (B,C,H,W')
-            chosen = F.one_hot(s.view(-1, H, W), K).float()
+            chosen = F.one_hot(s.view(-1, *self.grid), K).float()  # (B,H,W',K)
             total += torch.einsum("bchw,bhwk->chk", excess, chosen)
             count += chosen.sum((0, 2))
         mean = total.sum(-1, keepdim=True) / count.sum(-1, keepdim=True)
@@ -226,8 +232,8 @@ class VQVAE(nn.Module):
     def noise(self, s):
         """s (B,N) -> white noise (B,C,L), in each column of the least deviation among its bins."""
         # white noise is the same in all bins, so the least of them bounds it
-        H, W = self.grid
-        bins = torch.arange(H, device=s.device)[:, None]
-        deviation = self.noise_floor[:, bins, s.view(-1, H, W)].amin(2).transpose(0, 1)  # (B,C,W')
+        bins = torch.arange(self.grid[0], device=s.device)[:, None]
+        deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
+        deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
         deviation = F.interpolate(deviation, self.L, mode="linear")
         return deviation * torch.randn_like(deviation)
