@@ -562,7 +562,7 @@ def save(path, parts, constants, log, args):
 
     parts: {name: module or optimizer}, kept by their state. constants: the stage, and the like.
     """
-    here_only = ("run", "data_dir", "resume", "device", "eager")
+    here_only = ("run", "resume", "device", "eager")
     checkpoint = {name: part.state_dict() for name, part in parts.items()} | constants
     checkpoint |= {"log": log, "rng": torch.get_rng_state(),
                    "flags": {k: v for k, v in vars(args).items() if k not in here_only}}
@@ -590,8 +590,8 @@ def load_checkpoint(path, stage):
 def resume(parser, args, path, stage):
     """The flags to go on with, and the checkpoint at `path` if --resume is given, else None.
 
-    Flags not given take the checkpoint's values; those given must agree with it, but for the data
-    set, whose bytes are compared.
+    Flags not given take the checkpoint's values; those given must agree with it, but for the place
+    of the data, whose bytes are compared.
     """
     if not args.resume:
         if path.exists():
@@ -601,7 +601,7 @@ def resume(parser, args, path, stage):
     parser.set_defaults(**state["flags"])
     args = parser.parse_args()
     for name, value in state["flags"].items():
-        if name != "dataset" and value != getattr(args, name):
+        if name not in ("dataset", "data_dir") and value != getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {value} in "
                          f"{path}")
     return args, state

@@ -46,7 +46,7 @@ def flags():
     add("--fcn-steps", type=data.number(int, 1), default=1000,
         help="training steps, of batch 64, of each classifier behind --evaluate")
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
-    add("--data-dir", default="data", help="where UCR files are")
+    add("--data-dir", help="where UCR files are now (None: where they were)")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
         help="uniform draws every code alike, as this part of the thesis did")
@@ -302,7 +302,8 @@ if __name__ == "__main__":
             prior = data.rebuild(MaskGIT, stage2, device)
         name, d = args.dataset or stage1["flags"]["dataset"], None
         if args.evaluate or args.impute:
-            d = data.load(name, args.data_dir, device, stage1["digest"])
+            folder = args.data_dir or stage1["flags"]["data_dir"]
+            d = data.load(name, folder, device, stage1["digest"])
 
         if args.impute:
             data.report(run, "imputed", impute(run, vqvae, prior, d, args))

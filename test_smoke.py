@@ -671,10 +671,10 @@ def test_newest_run_other_name_and_same_bits(small, finished, tmp_path, monkeypa
 @pytest.mark.parametrize("name, ending, L", [("DodgerLoopDay", "tsv", 288), ("ECG200", "ts", 96)])
 def test_real_files_through_all_scripts(name, ending, L, tmp_path):
     place = ("--data-dir", there(UCR / name / f"{name}_TRAIN.{ending}").parent)
-    run = train(name, tmp_path / "run", place, place)
-    script("sample", "--run", run, "--n", 1)
+    run = train(name, tmp_path / "run", place)
+    script("sample", "--run", run, "--n", 4, "--evaluate", "--fcn-steps", 2)
     drawn = samples(run)
-    assert drawn["x"].shape == (1, 1, L) and np.isfinite(drawn["x"]).all() and drawn["y"][0]
+    assert drawn["x"].shape == (4, 1, L) and np.isfinite(drawn["x"]).all() and drawn["y"][0]
 
 
 WALKS = np.random.default_rng(0).normal(size=(2, 30, 16)).cumsum(2)

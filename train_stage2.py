@@ -29,7 +29,7 @@ def flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
-    add("--data-dir", default="data", help="where UCR files are")
+    add("--data-dir", help="where UCR files are now (None: where they were)")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="addition: series shifted by up to this many columns are learned; 0 is without")
     add = parser.add_argument_group("optimisation").add_argument
@@ -64,7 +64,8 @@ if __name__ == "__main__":
         if state and not torch.equal(state["codebook"], codebook):
             raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
         vqvae = data.rebuild(VQVAE, stage1, device)
-        d = data.load(args.dataset or stage1["flags"]["dataset"], args.data_dir, device,
+        kept = stage1["flags"]
+        d = data.load(args.dataset or kept["dataset"], args.data_dir or kept["data_dir"], device,
                       stage1["digest"])
 
         n, K, N = len(d.x_train), len(codebook), math.prod(vqvae.grid)
