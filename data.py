@@ -46,7 +46,7 @@ class Dataset(NamedTuple):
     """Scaled series (B,C,L) fp32 and labels 0..n-1 (B) int64, or None where there are none.
 
     classes: the labels' own names in order. mean, std (C,1) float64: x * std + mean has the data's
-    units. digest: SHA-256 of the data files' bytes, in hex (of the embedded set, its name).
+    units. digest: SHA-256 of each data file's bytes, in hex (of the embedded set, its name).
     """
 
     x_train: torch.Tensor
@@ -124,9 +124,10 @@ def class_name(label, where):
 def text_lines(path):
     """(number from 1, line) of a file's lines that are not blank; what is no UTF-8 is U+FFFD."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip(" \f\v")]
-    if not lines:
-        raise Refused(f"{path}: the file is empty; put the series there again")
+    lines = enumerate(text.split("\n"), 1)
+    lines = [(i, line) for i, line in lines if line.strip() or "\t" in line]  # tabs: all missing
+    if not lines or "\0" in text:
+        raise Refused(f"{path}: the file is empty, or not text in UTF-8; save it there again")
     return lines
 
 
@@ -159,7 +160,7 @@ def read_ts(path):
     has_labels = False
     for i, line in lines:
         key, value, *_ = [*line.lower().split(), ""]
-        if key == "@data":
+        if line.lower() == "@data":
             break
         if key in ("@timestamps", "@targetlabel") and value == "true":
             raise Refused(f"{path}, line {i}: time stamps and regression targets are not read; "
@@ -175,8 +176,9 @@ def read_ts_row(line, has_labels, where):
     """One series (C,l) and its class name, or None where rows have no label."""
     *channels, label = line.split(":")
     expected = "numbers with commas between them, then a colon and a label"
-    if has_labels and "\ufffd" in label:
-        raise Refused(f"{where}: the label is not in UTF-8; save the file in it")
+    if has_labels and ("," in label or "\ufffd" in label):
+        raise Refused(f"{where}: {label.strip()[:30]!r} stands where the header announces a label, "
+                      "after the last colon; add labels, without commas and in UTF-8")
     if not has_labels:
         channels += [label] if label.strip() else []
         expected = "numbers with commas between them, as the header has no '@classLabel true'"
@@ -200,7 +202,8 @@ def read_npz(path):
         raise
     except Exception as error:  # what NumPy raises depends on the bytes
         raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
-                      "for labels, y_train, y_test by np.savez, none with objects") from None
+                      "for labels, y_train, y_test by np.savez, none with objects: shorter series "
+                      "are filled up with NaN") from None
     splits = []
     for split, x, y in arrays:
         x = checked_array(x, f"{path}: x_{split}")
@@ -238,6 +241,10 @@ def locate(name, folder):
 
 def fetch(name, folder, mirrors=MIRRORS):
     """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths."""
+    for place in (folder / name, folder):
+        for path in place.glob(f"{Path(name).name}_T*"):  # nothing of a user's is overwritten
+            raise Refused(f"{path}: there, but not both {name}_TRAIN and {name}_TEST, of .tsv, "
+                          ".txt or .ts; complete or rename them, or move this for a download")
     failures = []
     for address in (mirror.format(name) for mirror in mirrors):
         try:
@@ -253,7 +260,8 @@ def fetch(name, folder, mirrors=MIRRORS):
         return locate(name, folder)
     raise Refused(
         f"no {name}_TRAIN and {name}_TEST (.tsv, .txt or .ts) in {folder / name} or {folder}, and "
-        f"no download from {' or '.join(failures)}; check the name, or put both files there by hand"
+        f"no download from {' or '.join(failures)}; check the name, put both files there by hand, "
+        "or save data of your own as .npz"
     )
 
 
@@ -281,7 +289,7 @@ def to_array(series, where, C, L):
         present = np.isfinite(one)
         if len(one) != C or not present.any(1).all():
             raise Refused(f"{where} series {i + 1}: {present.any(1).sum()} channels with any "
-                          f"value, expected {C}; remove or complete it")
+                          f"value, expected {C} as in the first of train; remove or complete it")
         own_t = np.linspace(0, 1, one.shape[1])
         x[i] = [np.interp(t, own_t[ok], row[ok]) for row, ok in zip(one, present)]
     n_stretched = sum(one.shape[1] != L for one in series)
@@ -299,7 +307,7 @@ def scale(x_train, x_test, where):
         x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
     largest = max(np.abs(x_train).max(), np.abs(x_test).max())
     if not (largest < np.finfo(np.float32).max and np.isfinite(std).all()):
-        raise Refused(f"{where}: values too large for fp32 even when scaled; rescale or mend them")
+        raise Refused(f"{where}: values beyond fp32 even when scaled; rescale or mend them")
     return x_train, x_test, mean, std
 
 
@@ -336,7 +344,8 @@ def read(name, folder, mirrors):
         else:
             paths = locate(name, folder) or fetch(name, folder, mirrors)
             train, test = (read_ts(p) if p.suffix == ".ts" else read_table(p) for p in paths)
-        return train, test, hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        return train, test, " ".join(digests)
     except OSError as error:
         raise Refused(f"{name}: {error}; check the path and its permissions") from error
 

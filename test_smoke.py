@@ -459,6 +459,10 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     assert "train: 1 series stretched to 10, 1 with gaps filled" in capsys.readouterr().out
     x = [range(10)], [np.linspace(0, 14, 10)]
     assert np.allclose(d.x_train * d.std + d.mean, x, atol=1e-5)
+    one, other = f"10 {row}\n", f"9 {row}\n"  # a row moved from one split to the other
+    digest = data.load("Own", table(tmp_path, one + other + one, other)).digest
+    with pytest.raises(data.Refused, match="Own is not the data that stage 1 was trained on"):
+        data.load("Own", table(tmp_path, one + other, one + other), expected=digest)
     text = ("# caf\xe9 in Latin-1\n@dimensions 7\n@ClassLabel True none b c\n@DATA\n"
             "1,2,3 : 4,?,6 : none\n% between\n7,8:9,10:b\n")
     series, labels = data.read_ts(table(tmp_path, text, ending="ts") / "Own_TRAIN.ts")
@@ -476,18 +480,21 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
 
 @pytest.mark.parametrize("train, message", [  # a table, a .ts, or arrays
     ("", "TRAIN.tsv: the file is empty"),
+    ("1\t\0 2", "TRAIN.tsv: the file is empty, or not text in UTF-8"),
     (ROW + "\n2 1 2 3\n", "TRAIN.tsv, line 3: 4 fields, expected 9 as in the first row"),
     (ROW + "?" + ROW[1:], "line 2: the label is missing"),
     (ROW, "Own: 1 training, 2 test series; needs 2 and 1"),
     ("7" + ROW[1:] + "8" + ROW[1:], r"test labels \['1', '2'\] do not occur .* \['7', '8'\]"),
     (TS.replace("@data\n", ""), "TRAIN.ts: no line '@data'"),
     (TS + "1,2,3:4,5:a\n", r"line 4: channels of lengths \[3, 2\]"),
+    (TS + "1,2:3,4\n", "TRAIN.ts, line 4: '3,4' stands where the header announces a label"),
+    (TS.replace("data\n", "data "), "TRAIN.ts: no line '@data'"),
     ({"x_train": X.astype(object)}, "own.npz: not an .npz of plain arrays"),
     ({"x_test": X + [np.inf] * 10}, r"x_test\[0, 0\] is infinite"),
     ({"y_train": X[0]}, r"y_train has shape \(10,\); expected a label for each of the 6"),
     ({"y_train": X[:, 0]}, "own.npz: labels of one split only"),
-    ({"x_test": X * 1e60}, "own.npz: values too large for fp32 even when scaled"),
-    ({"x_train": X * 1e200}, "own.npz: values too large"),
+    ({"x_test": X * 1e60}, "own.npz: values beyond fp32 even when scaled"),
+    ({"x_train": X * 1e200}, "own.npz: values beyond fp32"),
 ])
 def test_data_that_are_refused(train, message, tmp_path):
     if isinstance(train, str):
@@ -513,6 +520,9 @@ def test_download(tmp_path):
         data.load("Own", tmp_path / kind, mirrors=[*bad, f"{address}{kind}.zip"])
         assert len([*(tmp_path / kind / "Own").iterdir()]) == 2  # without the README.md
         assert data.load("Own", tmp_path / kind, mirrors=[]).x_train.shape == (2, 1, 8)
+        (tmp_path / kind / "Own" / "Own_TEST.txt").unlink()  # the other is not overwritten
+        with pytest.raises(data.Refused, match="Own_TRAIN.txt: there, but not both"):
+            data.load("Own", tmp_path / kind, mirrors=[f"{address}{kind}.zip"])
 
 
 def test_what_the_scripts_share(tmp_path):
