@@ -645,7 +645,7 @@ def rebuild(kind, state, device):
 @torch.no_grad()
 def in_batches(function, x):
     """function(x), of rows, a batch at a time."""
-    return torch.cat([function(rows) for rows in x.split(500)])
+    return torch.cat([function(rows) for rows in x.split(100)])
 
 
 def report(run, part, figures):

@@ -215,7 +215,7 @@ class VQVAE(nn.Module):
         """
         K = len(self.quantizer.codebook)
         total, count = torch.zeros_like(self.noise_floor), x.new_zeros(self.grid[0], K)
-        for rows in x.split(500):
+        for rows in x.split(100):
             s = self.tokenize(rows)
             power, power_hat = (  # |u|^2, |u^|^2 (B,C,H,W)
                 reduce(self.stft(v).square(), "b (c part) h w -> b c h w", "sum", part=2)
