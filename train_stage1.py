@@ -10,6 +10,7 @@ Notation as in vqvae.py and ssl_losses.py.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -218,7 +219,7 @@ if __name__ == "__main__":
         constants = dict(stage=1, arguments=arguments, classes=d.classes, shares=shares,
                          mean=d.mean, std=d.std, digest=d.digest)
         log = data.restore(state, parts)
-        farthest = int(args.shift * model.stride)
+        farthest = math.ceil(args.shift * model.stride)  # samples
 
         def step():
             """One step on B distinct training series; its terms by name."""

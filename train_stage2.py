@@ -74,7 +74,7 @@ if __name__ == "__main__":
             args.steps = args.epochs * max(1, round(n / B))
         # addition: tokens of shifted series, too, as plain augmentation, else the prior learns the
         # training series by heart; at most nine shifts (--shift 0)
-        farthest = int(args.shift * vqvae.stride)
+        farthest = math.ceil(args.shift * vqvae.stride)  # samples
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)
             data.in_batches(vqvae.tokenize, data.time_shift(d.x_train, int(by))) for by in shifts])
