@@ -242,7 +242,7 @@ def locate(name, folder):
 def fetch(name, folder, mirrors=MIRRORS):
     """Download NAME.zip, put its NAME_TRAIN and NAME_TEST into folder/NAME, return their paths."""
     for place in (folder / name, folder):
-        for path in place.glob(f"{Path(name).name}_T*"):  # nothing of a user's is overwritten
+        for path in place.glob(f"{Path(name).name}_T[ER]*"):  # nothing of a user's is overwritten
             raise Refused(f"{path}: there, but not both {name}_TRAIN and {name}_TEST, of .tsv, "
                           ".txt or .ts; complete or rename them, or move this for a download")
     failures = []
