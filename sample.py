@@ -300,10 +300,10 @@ if __name__ == "__main__":
             if not torch.equal(stage2["codebook"], stage1["model"]["quantizer.codebook"]):
                 raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
             prior = data.rebuild(MaskGIT, stage2, device)
-        name, d = args.dataset or stage1["flags"]["dataset"], None
+        kept, d = stage1["flags"], None
+        name = args.dataset or kept["dataset"]
         if args.evaluate or args.impute:
-            folder = args.data_dir or stage1["flags"]["data_dir"]
-            d = data.load(name, folder, device, stage1["digest"])
+            d = data.load(name, args.data_dir or kept["data_dir"], device, stage1["digest"])
 
         if args.impute:
             data.report(run, "imputed", impute(run, vqvae, prior, d, args))

@@ -219,7 +219,7 @@ if __name__ == "__main__":
         constants = dict(stage=1, arguments=arguments, classes=d.classes, shares=shares,
                          mean=d.mean, std=d.std, digest=d.digest)
         log = data.restore(state, parts)
-        farthest = math.ceil(args.shift * model.stride)  # samples
+        farthest = math.ceil(args.shift * model.stride)  # samples, of which a column may have 2
 
         def step():
             """One step on B distinct training series; its terms by name."""

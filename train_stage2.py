@@ -75,7 +75,7 @@ if __name__ == "__main__":
         # addition: tokens of shifted series, too, as plain augmentation, else the prior learns the
         # training series by heart: novelty of SmoothSubspace .96, with stage 1's shift, not .39; at
         # most nine shifts (--shift 0)
-        farthest = math.ceil(args.shift * vqvae.stride)  # samples
+        farthest = math.ceil(args.shift * vqvae.stride)  # samples, of which a column may have 2
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)
             data.in_batches(vqvae.tokenize, data.time_shift(d.x_train, int(by))) for by in shifts])
