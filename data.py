@@ -475,7 +475,7 @@ def run_flags(parser, trains):
     if trains:
         add("--epochs", type=number(int, 1), help="length in epochs of n/B steps, not in --steps")
         add("--resume", action="store_true", help="go on from the run's checkpoint")
-        add("--save-every", type=number(int, 1), default=200, metavar="STEPS",
+        add("--save-every", type=number(int, 1), default=1000, metavar="STEPS",
             help="steps between checkpoints")
         add("--eager", action="store_true", help="on CUDA, launch a step's kernels one by one")
     return parser

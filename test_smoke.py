@@ -140,6 +140,10 @@ def test_stft_round_trip():
         u = vqvae.stft(x)
         assert u.shape == (2, 6, 5, L // 2 + 1)
         assert torch.allclose(vqvae.istft(u, L), x, atol=1e-5), L
+    u, window = torch.randn(2, 2, 9, 40), torch.hann_window(16)  # of no series
+    real, imaginary = u.unbind(1)
+    x = torch.istft(torch.complex(real, imaginary), 16, 4, window=window, length=150)
+    assert torch.allclose(vqvae.istft(u, 150, n_fft=16, hop=4)[:, 0], x, atol=1e-6)
 
 
 @pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])

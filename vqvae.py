@@ -35,7 +35,8 @@ def stft(x, n_fft=8, hop=2):
 def istft(u, length, n_fft=8, hop=2):
     """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W would fit `hop` different lengths.
 
-    What torch.istft does, less its check for zero windows, which makes the CPU wait for the GPU.
+    What torch.istft does, less its check for zero windows, which makes the CPU wait for the GPU;
+    n_fft must be a multiple of hop.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -43,9 +44,9 @@ def istft(u, length, n_fft=8, hop=2):
 
     def overlap_add(frames):
         """(rows,n_fft,W) -> (rows,length), without the border that stft has reflected."""
-        size = 1, n_fft + hop * (frames.shape[-1] - 1)
-        x = F.fold(frames, size, kernel_size=(1, n_fft), stride=(1, hop))  # (rows,1,1,padded)
-        return x[:, 0, 0, n_fft // 2 :][:, :length]
+        parts = frames.unflatten(1, (-1, hop)).unbind(1)  # n_fft / hop times (rows,hop,W)
+        x = sum(F.pad(part, (i, len(parts) - 1 - i)) for i, part in enumerate(parts))
+        return x.mT.flatten(1)[:, n_fft // 2 :][:, :length]
 
     x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
     return rearrange(x, "(b c) l -> b c l", b=len(u))
