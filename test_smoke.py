@@ -851,8 +851,9 @@ NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint of these scripts"
      lambda: spoil(PT, "arguments", "N", 1)),
     ("train_stage2 --run run --resume", 1, NOT_WHOLE + r".*\(it is of stage 1",
      lambda: shutil.copy("run/stage1.pt", PT)),
-    ("sample --run run", 1, "tokens of another stage1.pt",
-     lambda: spoil("run/stage1.pt", "model", "quantizer.codebook", 1.0)),
+    *((command, 1, "tokens of another stage1.pt",
+       lambda: spoil("run/stage1.pt", "model", "quantizer.codebook", 1.0))
+      for command in ("sample --run run", "train_stage2 --run run --resume")),
     ("train_stage2 --run run --resume", 1, "loss.* not finite in steps 5 to 8; .* is kept",
      lambda: (spoil(PT, "flags", "steps", 4), spoil(PT, "model", "bias", math.nan))),
     ("train_stage2 --run run --resume --lr 0.5", 2, "--lr 0.5 contradicts .* in .*2.pt", None),

