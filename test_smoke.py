@@ -908,10 +908,13 @@ def test_pages():
 
 
 def test_each_library_file_works_copied_alone_into_an_empty_folder(tmp_path):
-    snippets = re.findall(r"```python\n(from (\w+) import .*?)```", PAGES[0], re.S)
-    assert {module for _, module in snippets} >= LIBRARIES
-    for i, (code, _) in enumerate(snippets):
+    snippets = re.findall(r"```python\n(from .*?)```", PAGES[0], re.S)
+    imports = re.compile(r"^(?:from|import) (\w+)", re.M)
+    assert {name for code in snippets for name in imports.findall(code)} >= LIBRARIES
+    for name in LIBRARIES:
+        assert not set(imports.findall((HERE / f"{name}.py").read_text())) & LIBRARIES
+    for i, code in enumerate(snippets):
         (tmp_path / str(i)).mkdir()
-        for name in set(re.findall(r"^(?:from|import) (\w+)", code, re.M)) & LIBRARIES:
+        for name in set(imports.findall(code)) & LIBRARIES:
             shutil.copy(HERE / f"{name}.py", tmp_path / str(i))
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path / str(i), check=True)
