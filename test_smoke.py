@@ -909,7 +909,7 @@ def test_pages():
 
 def test_each_library_file_works_copied_alone_into_an_empty_folder(tmp_path):
     snippets = re.findall(r"```python\n(from .*?)```", PAGES[0], re.S)
-    imports = re.compile(r"^(?:from|import) (\w+)", re.M)
+    imports = re.compile(r"^ *(?:from|import) (\w+)", re.M)
     assert {name for code in snippets for name in imports.findall(code)} >= LIBRARIES
     for name in LIBRARIES:
         assert not set(imports.findall((HERE / f"{name}.py").read_text())) & LIBRARIES

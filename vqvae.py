@@ -146,8 +146,8 @@ def perplexity(counts):
 class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
-    The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors
-    it. L >= n_fft. `grid` is (H',W'), `stride` the samples from one of its columns to the next.
+    The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors it.
+    L >= n_fft, a multiple of hop. `grid` is (H',W'), `stride` the samples between its columns.
     """
 
     # follow-up: D, K, the decay, and the weight 1 of the commitment loss
