@@ -620,14 +620,25 @@ def test_probes_and_metrics_by_hand():
     assert scores["well_formed_reconstructed"] == 1 and scores["well_formed_generated"] == 0.5
 
 
-@pytest.mark.parametrize("kind, flags", [
-    (torch.optim.Muon, {}), (torch.optim.AdamW, dict(betas=(0.9, 0.95), fused=True))])
-def test_steps_are_linear_in_the_rate(kind, flags):
-    whole, half = (torch.eye(4, 6).requires_grad_() for _ in range(2))
-    for W, rate in ((whole, 0.1), (half, 0.05)):
-        W.grad = torch.arange(24.0).view(4, 6).cos()
-        kind([W], rate, weight_decay=0.1, **flags).step()
-    assert torch.allclose(half, torch.eye(4, 6).lerp(whole, torch.tensor(0.5)), atol=1e-6)
+def test_muon():
+    """By singular values, and as torch's, which multiplies in bfloat16."""
+    G = torch.randn(2, 6, 4, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    S = S / S.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        S = 3.4445 * S - 4.775 * S**3 + 2.0315 * S**5
+    assert torch.allclose(train_stage2.orthogonal(G), (U * S[:, None]) @ Vh)
+    begin = [torch.randn(shape) for shape in ((6, 4), (4, 4), (6, 4))]
+    ours, torchs = ([W.clone().requires_grad_() for W in begin] for _ in range(2))
+    optimizers = (train_stage2.Muon(ours, torch.tensor(0.1)),
+                  torch.optim.Muon(torchs, 0.1, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for W, V in zip(ours, torchs):
+            W.grad = V.grad = torch.randn_like(W)
+        for optimizer in optimizers:
+            optimizer.step()
+    for W, V, old in zip(ours, torchs, begin):
+        assert (W - V).norm() < 0.03 * (W - old).norm()
 
 
 @pytest.mark.parametrize("name", SSL)
@@ -647,7 +658,7 @@ def test_a_step_of_each_stage_and_decoding_stay_on_their_device(name):
     maskgit.masked_cross_entropy(logits, s, is_masked).backward()
     assert torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0).is_meta
     matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
-    torch.optim.Muon(matrices, 0.1, adjust_lr_fn="match_rms_adamw").step()
+    train_stage2.Muon(matrices, torch.tensor(0.1, device="meta")).step()
     assert sample.generate(prior.eval(), 32, s[:, 0], s, 3, 1.0, 2.0, 2).is_meta
     assert maskgit.nll_bound(maskgit.guided(prior, s[:, 0]), s, 32).is_meta
 
