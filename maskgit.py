@@ -80,11 +80,11 @@ class MaskGIT(nn.Module):
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
-        # bfloat16 halves the time on CPUs with AVX-512, but for flash attention's backward pass
-        is_fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        # bfloat16 halves the time on CPUs that have it, but not that of flash attention backwards
+        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         attention = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-        attention += [] if is_fast else [SDPBackend.FLASH_ATTENTION]
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_fast), sdpa_kernel(attention):
+        attention += [] if has_bf16 else [SDPBackend.FLASH_ATTENTION]
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16), sdpa_kernel(attention):
             h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h.float() @ self.tokens.weight[:-1].T + self.bias
 
