@@ -42,12 +42,28 @@ def flags():
     return data.run_flags(parser, trains=True)
 
 
+def orthogonal(G, n_iterations=5):
+    """G = U S V^T (n,rows,columns) with its singular values S brought near 1.
+
+    S, scaled to length 1, passes through the polynomial a S + b S^3 + c S^5 of Jordan et al. 2024
+    again and again.
+    """
+    if G.shape[1] > G.shape[2]:
+        return orthogonal(G.mT).mT
+    X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
+    for _ in range(n_iterations):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # b A + c A^2
+        X = torch.baddbmm(X, B, X, beta=3.4445)  # a X + B X
+    return X
+
+
 class Muon(torch.optim.Optimizer):
     """Steps of weight matrices along their momentum, made orthogonal (Jordan et al. 2024).
 
-    They have the size of AdamW's (Liu et al. 2025), so that both go by one rate, a tensor. It is
-    torch.optim.Muon, but in fp32, as many CPUs take 25 times longer in bfloat16, with matrices of
-    one shape stacked, and with a rate that a replayed step reads anew.
+    They have the size of AdamW's (Liu et al. 2025), so that both go by one rate, a tensor. Unlike
+    torch.optim.Muon it multiplies in fp32, as many CPUs take 25 times longer in bfloat16, stacks
+    the matrices of one shape, and has a rate that a replayed step reads anew.
     """
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
@@ -68,21 +84,6 @@ class Muon(torch.optim.Optimizer):
             steps *= 0.2 * lr * max(Ws[0].shape) ** 0.5
             for W, W_step in zip(Ws, steps):
                 W.mul_(1 - lr * group["weight_decay"]).sub_(W_step)
-
-
-def orthogonal(G, n_iterations=5):
-    """G = U S V^T -> U p(...p(S)) V^T, whose singular values are .7 to 1.2: (n,rows,columns).
-
-    p(S) = a S + b S^3 + c S^5, with the constants of Jordan et al., of S scaled to length 1.
-    """
-    if G.shape[1] > G.shape[2]:
-        return orthogonal(G.mT).mT
-    X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
-    for _ in range(n_iterations):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # b A + c A^2
-        X = torch.baddbmm(X, B, X, beta=3.4445)  # a X + B X
-    return X
 
 
 def bound(prior, s, y, n_draws=2):
