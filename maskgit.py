@@ -64,7 +64,7 @@ class MaskGIT(nn.Module):
         self.classes = nn.Embedding(n_classes + 1, width)
         self.positions = nn.Parameter(torch.empty(N + 1, width))
         self.layers = nn.Sequential(*(
-            nn.TransformerEncoderLayer(width, n_heads, 4 * width, 0.0, "gelu",
+            nn.TransformerEncoderLayer(width, n_heads, 4 * width, dropout=0.0, activation="gelu",
                                        batch_first=True, norm_first=True)
             for _ in range(n_layers)
         ))
@@ -76,11 +76,12 @@ class MaskGIT(nn.Module):
     def forward(self, s_M, y=None):
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
-        if self.training:  # fix: in public code it stays on while sampling
+        if self.training:  # fix: public code hides labels while sampling, too
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
-        # bfloat16 halves the time on CPUs that have it, but not that of flash attention backwards
+        # for speed: bfloat16 on CPUs that have it, without flash attention, whose backward pass is
+        # slow in it
         has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         attention = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
         attention += [] if has_bf16 else [SDPBackend.FLASH_ATTENTION]
@@ -111,7 +112,7 @@ def gumbel_like(x):
 
 
 def draw(log_p, temperature):
-    """Tokens (B,N) of log_p (B,N,K), softened by temperature; 0 takes the likeliest."""
+    """Tokens (B,N) of log_p (B,N,K), drawn at this temperature; 0 takes the likeliest."""
     return (log_p + temperature * gumbel_like(log_p)).argmax(-1)
 
 
@@ -125,9 +126,9 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
     """Fill the entries of s_M (B,N) that equal mask_id, the surest first (thesis 0.2.2).
 
     Step t of T = n_steps reads s_M^(t-1), draws every masked entry from its own distribution
-    (softened by temperature), scores each draw by its unsoftened log-probability plus Gumbel noise
-    times choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where n is
-    the number masked at first. Known entries stay; at least one entry is settled a step.
+    at this temperature, scores each draw by its log-probability (at temperature 1) plus Gumbel
+    noise times choice_temperature (1 - t/T), and masks the floor(gamma(t/T) n) lowest again, where
+    n is the number masked at first. Known entries stay; at least one entry is settled a step.
     """
     n = (s_M == mask_id).sum(1, keepdim=True)  # (B,1)
     for t in range(1, n_steps + 1):
@@ -148,11 +149,12 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
 def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, noise=0.5, temperature=1.0):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
-    A round masks a share of the entries, which falls linearly over the rounds, and draws them anew.
-    It takes those of the lowest margin plus noise times Gumbel noise. The margin of an entry is its
-    log-probability less the expectation of that, the negative entropy: what is uncertain anyway is
-    not singled out, which would cost variety. Margins come from the pass of the round before, in
-    which an entry that was not masked sees itself, too; the first round has none.
+    A round masks a share of the entries, which falls linearly over the rounds, and draws them anew:
+    those of the lowest margin plus noise times Gumbel noise. The margin is the log-probability of
+    the token plus the entropy of its distribution, below 0 where it is less likely than the tokens
+    there are on average; so what is uncertain anyway is not singled out, which would cost variety.
+    Margins come from the pass of the round before, in which an entry that was not masked sees
+    itself, too; the first round has none.
     """
     # addition: MaskGIT never looks back; .06 more of the series are well-formed (--rounds 0)
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
