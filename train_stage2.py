@@ -136,6 +136,8 @@ if __name__ == "__main__":
         parts = dict(model=prior, muon=muon, adamw=adamw)
         constants = dict(stage=2, arguments=arguments, codebook=codebook)
         log = data.restore(state, parts)
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["lr"] = rate  # of which restoring makes copies
 
         def step():
             """One step on the tokens of B distinct training series; its terms by name."""
@@ -158,8 +160,7 @@ if __name__ == "__main__":
         began, first, sums = time.perf_counter(), log[-1]["step"] if log else 0, {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
-            for group in (*muon.param_groups, *adamw.param_groups):
-                group["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
+            rate.fill_(args.lr * data.one_cycle(i / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
             is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
             if is_due or (i + 1) % LOG_EVERY == 0:
