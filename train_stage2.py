@@ -82,8 +82,9 @@ class Muon(torch.optim.Optimizer):
             state["average"].lerp_(gradient, 1 - momentum)
             steps = orthogonal(gradient.lerp(state["average"], momentum))  # Nesterov's momentum
             steps *= 0.2 * lr * max(Ws[0].shape) ** 0.5
+            kept = 1 - lr * group["weight_decay"]
             for W, W_step in zip(Ws, steps):
-                W.mul_(1 - lr * group["weight_decay"]).sub_(W_step)
+                W.mul_(kept).sub_(W_step)
 
 
 def bound(prior, s, y, n_draws=2):
