@@ -127,7 +127,7 @@ def text_lines(path):
     lines = enumerate(text.split("\n"), 1)
     lines = [(i, line) for i, line in lines if line.strip() or "\t" in line]  # tabs: all missing
     if not lines or "\0" in text:
-        raise Refused(f"{path}: the file is empty, or not text in UTF-8; save it there again")
+        raise Refused(f"{path}: the file is empty, or not text in UTF-8; save it again")
     return lines
 
 
@@ -195,11 +195,10 @@ def read_npz(path):
 
     Returns (series, class names) of train and of test; no other array is looked at.
     """
+    content = io.BytesIO(path.read_bytes())  # of an OSError `read` says what to do
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
             arrays = [(s, file[f"x_{s}"], file.get(f"y_{s}")) for s in ("train", "test")]
-    except OSError:  # `read` says what to do
-        raise
     except Exception as error:  # what NumPy raises depends on the bytes
         raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
                       "for labels, y_train, y_test by np.savez, none with objects: shorter series "
@@ -221,8 +220,9 @@ def checked_array(x, where):
     """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
-    for index in np.argwhere(np.isinf(x)):
-        raise Refused(f"{where}{index.tolist()} is infinite; remove or replace it")
+    if np.isinf(x).any():
+        index = np.argwhere(np.isinf(x))[0].tolist()
+        raise Refused(f"{where}{index} is infinite; remove or replace it")
     x = (x[:, None] if x.ndim == 2 else x).astype(np.float64)
     if x.shape[1] > x.shape[2]:
         print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
@@ -270,7 +270,7 @@ def download(address):
     with urllib.request.urlopen(address, timeout=30) as response:
         size = response.headers["Content-Length"]
         with tqdm.wrapattr(response, "read", total=size and int(size), desc=address) as body:
-            # where they are cut off, the directory at the end of the zip is missing
+            # of a download cut short the zip's directory is missing, which is at its end
             return b"".join(iter(lambda: body.read(1 << 16), b""))
 
 
@@ -288,8 +288,9 @@ def to_array(series, where, C, L):
     for i, one in enumerate(series):
         present = np.isfinite(one)
         if len(one) != C or not present.any(1).all():
-            raise Refused(f"{where} series {i + 1}: {present.any(1).sum()} channels with any "
-                          f"value, expected {C} as in the first of train; remove or complete it")
+            raise Refused(f"{where} series {i + 1}: {len(one)} channels, {present.any(1).sum()} of "
+                          f"them with values, expected {C} as in the first of train; remove or "
+                          "complete it")
         own_t = np.linspace(0, 1, one.shape[1])
         x[i] = [np.interp(t, own_t[ok], row[ok]) for row, ok in zip(one, present)]
     n_stretched = sum(one.shape[1] != L for one in series)
@@ -344,8 +345,7 @@ def read(name, folder, mirrors):
         else:
             paths = locate(name, folder) or fetch(name, folder, mirrors)
             train, test = (read_ts(p) if p.suffix == ".ts" else read_table(p) for p in paths)
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        return train, test, " ".join(digests)
+        return train, test, " ".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in paths)
     except OSError as error:
         raise Refused(f"{name}: {error}; check the path and its permissions") from error
 
@@ -360,14 +360,15 @@ def load(name="synthetic", folder="data", device="cpu", expected=None, mirrors=M
     """
     (train, y_train), (test, y_test), digest = read(name, Path(folder), mirrors)
     if expected and digest != expected:
-        raise Refused(f"{name} is not the data that stage 1 was trained on; give these by "
+        raise Refused(f"{name} is not the data that stage 1 was trained on; name their place by "
                       "--dataset and --data-dir, or train stage 1 again")
     if len(train) < 2 or not test:
-        raise Refused(f"{name}: {len(train)} training, {len(test)} test series; needs 2 and 1")
+        raise Refused(f"{name}: {len(train)} training, {len(test)} test series; add some, as it "
+                      "needs 2 and 1")
     train, test = ([trim(one) for one in split] for split in (train, test))
     C, L = len(train[0]), max(one.shape[1] for one in train)
     if L < 8:
-        raise Refused(f"{name}: series of {L} samples; the STFT needs 8")
+        raise Refused(f"{name}: series of {L} samples; take longer ones, as the STFT needs 8")
     arrays = to_array(train, f"{name}, train", C, L), to_array(test, f"{name}, test", C, L)
     x_train, x_test, mean, std = (torch.tensor(v, device=device) for v in scale(*arrays, name))
     classes, y_train, y_test = encode_labels(y_train, y_test, name, device)
@@ -417,7 +418,7 @@ def gaussian_noise(x, deviation=0.05):
 
 
 def time_shift(x, by):
-    """x(t) -> x(t + by), by (B,1) or one number, less than L either way; the border is mirrored."""
+    """x(t) -> x(t + by), by (B,1) or one int, less than L either way; the border is mirrored."""
     L = x.shape[-1]
     t = torch.arange(L, device=x.device) + by
     t = (L - 1) - (L - 1 - t.abs()).abs()  # both ends folded back into 0..L-1
@@ -457,7 +458,7 @@ def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high or value == math.inf:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -492,11 +493,11 @@ def begin(seed, device):
 
 def newest_run(file):
     """The folder below runs/ whose `file` was written last."""
-    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    path = max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
+    if path is None:
         raise Refused(f"no runs/*/{file} here; train that stage first, or name its --run")
-    print(f"run: {found[-1].parent}")
-    return found[-1].parent
+    print(f"run: {path.parent}")
+    return path.parent
 
 
 def write(path, content):
@@ -516,8 +517,8 @@ def write(path, content):
 
 
 def one_cycle(done):
-    """Share of the highest rate after a share `done` of the steps: up to 1 over the first tenth,
-    then down to 0, both by a cosine (Smith and Topin 2019)."""
+    """Share of the highest rate after a share `done` of the steps: from .04 up to 1 over the first
+    tenth, then down to 0, both by a cosine (Smith and Topin 2019)."""
     if done < 0.1:
         return 0.52 - 0.48 * math.cos(math.pi * done / 0.1)
     return 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
@@ -544,8 +545,6 @@ def replayed(step, device, eager=False):
         try:
             with torch.cuda.graph(graph, stream=stream):
                 outputs = step()
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             raise Refused(f"this step can't be captured; use --eager: {error}") from error
         while True:
@@ -588,7 +587,7 @@ def load_checkpoint(path, stage):
         raise Refused(f"{path}: not there; run train_stage{stage}.py first, or see --run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["stage"] == stage and {"flags", "rng", "log", "model"} <= set(state):
+        if state["stage"] == stage and {"flags", "rng", "log", "model", "arguments"} <= set(state):
             return state
         reason = f"it is of stage {state['stage']} and holds {sorted(state)}"
     except Exception as error:  # what an unpickler raises depends on the bytes
@@ -620,7 +619,7 @@ def restore(state, parts):
     """Load a checkpoint (or None) into its parts by name, and the random state -> its log."""
     if state is None:
         return []
-    for name, part in parts.items():  # optimizers keep the rate and switches of this device
+    for name, part in parts.items():  # an optimizer keeps its own rate and device switches
         kept = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
         part.load_state_dict(state[name] | kept)
     torch.set_rng_state(state["rng"])

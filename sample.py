@@ -49,8 +49,8 @@ def flags():
     add("--data-dir", help="where UCR files are now (None: where they were)")
     add = parser.add_argument_group("decoding").add_argument
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
-        help="uniform draws every code alike, as this part of the thesis did")
-    add("--steps", type=data.number(int, 1, 100), default=10, help="T")
+        help="uniform draws every code alike, as section 0 of the thesis does")
+    add("--steps", type=data.number(int, 1, 100), default=10, help="T, of decoding")
     add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens")
     add("--guidance", type=data.number(float, 0, 100), default=1.0, help="scale; 1 is none")
     add("--rounds", type=data.number(int, 0, 100), default=10,
@@ -69,7 +69,7 @@ def stretch(text):
 
 
 def uniform(K, s_M, y=None):
-    """Logits (B,N,K) of the prior that this part of the thesis used: every code alike."""
+    """Logits (B,N,K) of the prior of thesis section 0: every code alike."""
     return torch.zeros(*s_M.shape, K, device=s_M.device)
 
 
@@ -87,7 +87,7 @@ def generate(prior, K, y, s_M, steps, temperature, guidance, rounds):
 
 def to_series(vqvae, s, noise):
     """s (B,N) -> x^ plus noise times the data's own white noise, (B,C,L)."""
-    return vqvae.detokenize(s) + noise * vqvae.noise(s)
+    return data.in_batches(lambda s: vqvae.detokenize(s) + noise * vqvae.noise(s), s)
 
 
 def train_fcn(x, y, n_classes, n_steps, name):
@@ -134,8 +134,8 @@ def inception_score(logits):
 
 def nearest_distance(x, x_train):
     """Median distance of the x (B,C,L) to their nearest training series."""
-    x_train = x_train.flatten(1)
-    return data.in_batches(lambda x: torch.cdist(x.flatten(1), x_train).amin(1), x).median().item()
+    x, x_train = x.flatten(1), x_train.flatten(1)
+    return data.in_batches(lambda rows: torch.cdist(rows, x_train).amin(1), x).median().item()
 
 
 def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
@@ -211,21 +211,19 @@ def two_patterns_scores(x_rec, y_rec, x, y):
 
 
 def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
-    """Novelty of x and, with labels y, `scores` and `two_patterns_scores`, by name.
+    """Novelty of x and, with labels y, `scores` and, of TwoPatterns, `two_patterns_scores`.
 
     Novelty: median distance of generated series to their nearest training series over that of the
     reconstructed test split: 1 as new as these, 0 copies. Reconstructions have the drawn noise too.
     """
-    def reconstruct(rows):
-        return to_series(vqvae, vqvae.tokenize(rows), noise)
-
-    x_rec, x_train_rec = (data.in_batches(reconstruct, rows) for rows in (d.x_test, d.x_train))
+    x_rec, x_train_rec = (to_series(vqvae, data.in_batches(vqvae.tokenize, v), noise)
+                          for v in (d.x_test, d.x_train))
     of_new = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
     figures = {"novelty": nearest_distance(x, d.x_train) / of_new}
     if figures["novelty"] < 0.8:
         print("these series stay close to the training series; fewer --steps in stage 2, or a "
               "larger --shift, make newer ones")
-    if y is not None and min(len(x), len(d.x_test)) >= 4:
+    if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and name in ("synthetic", "TwoPatterns") and vqvae.L == 128:
         figures |= two_patterns_scores(x_rec, d.y_test, x, y)
@@ -233,7 +231,8 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
 
 
 def draw_samples(run, x, y, classes, d):
-    """Generated series, a column a class, at most 10; above them real ones, if d is not None."""
+    """Generated series, a column a class, at most 10, their first channel; above, real ones of d,
+    if it is not None."""
     columns = y.unique().tolist()[:10] if y is not None else [None]
     kinds = [("real", d.x_test, d.y_test, "0.3")] if d else []
     kinds.append(("generated", x, y, "C0"))
@@ -253,23 +252,22 @@ def impute(run, vqvae, prior, d, args):
     """Refill x[start:end] of the first n test series ten times; errors against the truth."""
     start, end = args.impute
     x = d.x_test[: args.n]
-    # tokens outside the stretch see into it: a straight line stands there instead of the truth
+    # tokens beside the stretch see into it: a straight line stands there instead of the truth
+    left, right = start - 1 if start else end, end if end < vqvae.L else start - 1
     line = torch.linspace(0, 1, end - start + 2, device=x.device)[1:-1]
-    before, after = x[..., start - 1 : start], x[..., end : end + 1]  # one is empty at a border
-    ends = (before if start else after), (after if end < vqvae.L else before)
-    hidden = torch.cat([x[..., :start], torch.lerp(*ends, line), x[..., end:]], -1)
+    hidden = x.clone()
+    hidden[..., start:end] = torch.lerp(x[..., left, None], x[..., right, None], line)
 
     # the columns of its samples: frames are centred at multiples of hop
     columns = (torch.arange(start, end, device=x.device) + vqvae.hop // 2) // vqvae.stride
-    columns = columns.clamp_max(vqvae.grid[1] - 1)  # halving drops odd ones: the rest is the last's
+    columns = columns.clamp_max(vqvae.grid[1] - 1)  # what a halving drops at the end, the last sees
     is_touched = torch.zeros(vqvae.grid, dtype=torch.bool, device=x.device)
     is_touched[:, columns] = True
     K = len(vqvae.quantizer.codebook)
     s_M = data.in_batches(vqvae.tokenize, hidden).masked_fill(is_touched.flatten(), K)
     s = generate(prior, K, None, s_M.repeat_interleave(10, 0), args.steps,
-                 args.temperature, 1.0, args.rounds)
-    filled = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
-    filled = filled.unflatten(0, (len(x), -1))[..., start:end]
+                 args.temperature, guidance=1.0, rounds=args.rounds)
+    filled = to_series(vqvae, s, args.noise).unflatten(0, (len(x), -1))[..., start:end]
     x_own = (filled.double() * d.std + d.mean).cpu()  # in the data's own units
     data.write(run / "imputed.npz", partial(np.savez_compressed, x=x_own))
     truth = x[:, None, :, start:end]
@@ -315,7 +313,7 @@ if __name__ == "__main__":
         began = time.perf_counter()
         s = generate(prior, K, y, torch.full((args.n, N), K, device=device), args.steps,
                      args.temperature, args.guidance, args.rounds)
-        x = data.in_batches(partial(to_series, vqvae, noise=args.noise), s)
+        x = to_series(vqvae, s, args.noise)
         x_own = x.cpu().double() * stage1["std"] + stage1["mean"]  # in the data's own units
         seconds = time.perf_counter() - began
 

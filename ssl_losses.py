@@ -2,8 +2,8 @@
 
     off_diagonal_squares   the sum that all three decorrelation terms share
     barlow_twins           thesis 0.3.1
-    vicreg                 the loss that VbCReg refines
-    vbcreg                 thesis 0.3.2, eq. (1), the missing FcE term, eq. (2)
+    vicreg                 the loss that VbCReg refines, of `similarity` and `expressiveness`
+    vbcreg                 thesis 0.3.2: eq. (1), the missing FcE, and `decorrelation`, eq. (2)
     IterNorm               whitening layer at the end of VbCReg's projector
     projector              Y (B,D) -> Z (B,F)
 
@@ -76,8 +76,8 @@ def similarity(Z1, Z2):
 def expressiveness(Z, gamma=1.0, eps=1e-4):
     """FcE or variance term: v(Z) = mean_f relu(gamma - sqrt(Var(Z_f) + eps)), Z (B,F).
 
-    Holds each feature's deviation over the batch above gamma, so that the views cannot agree by
-    all being the same. Var is the 1/(B-1) estimate.
+    Keeps each feature's deviation over the batch at gamma or more, lest all series be mapped to
+    one point. Var is the 1/(B-1) estimate.
     """
     # fix: the thesis leaves the equation out; this is VICReg's, and the losses below sum it over
     # both branches as its paper does, where its code takes the mean
@@ -100,7 +100,7 @@ def vicreg(Z1, Z2):
 
 
 def decorrelation(Z):
-    """FD: sum_{i != j} C_ij^2 / F^2 (VIbCReg's) of C(Z), eq. (2). Z (B,F) -> [0,1).
+    """FD: sum_{i != j} C_ij^2 / F^2 (VIbCReg's) of C(Z), eq. (2): Z (B,F) -> scalar in [0,1).
 
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.

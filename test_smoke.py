@@ -488,7 +488,7 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     ("1\t\0 2", "TRAIN.tsv: the file is empty, or not text in UTF-8"),
     (ROW + "\n2 1 2 3\n", "TRAIN.tsv, line 3: 4 fields, expected 9 as in the first row"),
     (ROW + "?" + ROW[1:], "line 2: the label is missing"),
-    (ROW, "Own: 1 training, 2 test series; needs 2 and 1"),
+    (ROW, "Own: 1 training, 2 test series; add some, as it needs 2 and 1"),
     ("7" + ROW[1:] + "8" + ROW[1:], r"test labels \['1', '2'\] do not occur .* \['7', '8'\]"),
     (TS.replace("@data\n", ""), "TRAIN.ts: no line '@data'"),
     (TS + "1,2,3:4,5:a\n", r"line 4: channels of lengths \[3, 2\]"),

@@ -27,7 +27,7 @@ from vqvae import VQVAE, perplexity
 SSL_LOSSES = {"none": None, "barlow": barlow_twins, "vicreg": vicreg, "vbcreg": vbcreg}
 # w_ssl, by trials: the thesis gives none, the follow-up 1 (barlow) and 0.01 (vicreg, vbcreg)
 SSL_WEIGHTS = {"none": 0.0, "barlow": 10.0, "vicreg": 0.1, "vbcreg": 0.03}
-VIEW_WEIGHT = 0.1  # follow-up: of the augmented view's reconstruction, from its continuous z
+VIEW_WEIGHT = 0.1  # follow-up: weight of the reconstruction of x', decoded from z' itself
 LOG_EVERY = 100  # steps
 
 
@@ -71,9 +71,9 @@ def replace_tokens(model, z_q, s, highest):
 
     p ~ U(0, highest) for each row. No reconstruction gradient reaches z where a token is replaced.
     """
-    # addition: as the decoder sees some wrong tokens, neighbouring ones come to say the same: they
-    # are easier to predict (24 nats a series, not 60) and a prior's errors do less harm (.96
-    # well-formed, not .83), but the test MSE is .086, not .060 (--token-noise 0; three seeds)
+    # addition: as the decoder sees some wrong tokens, neighbouring ones come to say the same. They
+    # are easier to predict and a prior's errors do less harm: without (--token-noise 0; three
+    # seeds) 60 nats a series (with: 24) and .83 well-formed (.96), but a test MSE of .060 (.086)
     draw = torch.rand(s.shape, device=s.device)
     is_kept = draw >= highest * torch.rand(len(s), 1, device=s.device)
     s_random = torch.randint_like(s, len(model.quantizer.codebook))
@@ -84,7 +84,7 @@ def replace_tokens(model, z_q, s, highest):
 def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, token_noise=0.0):
     """Loss of a batch x (B,C,L), its terms by name before VIEW_WEIGHT and w_ssl, and s (B,N).
 
-    ssl: a loss of ssl_losses.py, or None for the autoencoder alone; the others as the flags say.
+    ssl: a loss of ssl_losses.py, or None for the autoencoder alone; for the rest see `flags`.
     """
     # x -> u -> z -> z_q -> u^, x^
     u = model.stft(x)
@@ -96,7 +96,7 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     if ssl is None:
         return mse_x + mse_u + commitment, terms, s
 
-    # x' -> u' -> z' -> u'^, x'^
+    # x' -> u' -> z' -> u'^, x'^; batch norm sees one view at a time and averages over both
     x_view = data.augment(x, augmentations)
     u_view = model.stft(x_view)
     z_view = model.encoder(u_view)
@@ -104,15 +104,12 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     view_mse_x, view_mse_u = F.mse_loss(x_view_hat, x_view), F.mse_loss(u_view_hat, u_view)
 
     # z_q -> Y -> Z and z' -> Y' -> Z'
-    z_q_ssl = z_q
-    # follow-up: one view is x itself; thesis: both are distorted. The codes then move twice a step,
-    # and the commitment of x'' is left out
-    if views == 2:
+    z_q_ssl = z_q  # follow-up: one view is x itself
+    if views == 2:  # thesis: x'', distorted too; it also moves the codes, but without commitment
         z_q_ssl, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
-    # follow-up: Y pools z_q (straight-through, so that the loss shapes the codes) and Y' pools z',
-    # where the text has both alike; the mean alone, without the follow-up's maximum beside it
+    # follow-up: Y pools z_q (straight-through: the loss moves z, and the codes follow) and Y' pools
+    # z', where the text has both alike; the mean alone, without the follow-up's maximum beside it
     Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
-    # two calls: the projector's batch norm sees one branch at a time
     ssl_terms = ssl(project(Y), project(Y_view))
 
     terms |= {"view_mse_x": view_mse_x, "view_mse_u": view_mse_u} | ssl_terms
@@ -151,8 +148,8 @@ def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
 
 
 def evaluate(model, d):
-    """Figures of the test split (train_mse: of training); both probes learn on the training
-    split's average-pooled z_q, scaled to [-1,1] by it."""
+    """Figures of the test split, and train_mse; both probes learn on the training split's
+    average-pooled z_q, scaled to [-1,1]."""
     s, s_train = (data.in_batches(model.tokenize, x) for x in (d.x_test, d.x_train))
     x_hat, x_hat_train = (data.in_batches(model.detokenize, v) for v in (s, s_train))
     codebook = model.quantizer.codebook
@@ -212,21 +209,21 @@ if __name__ == "__main__":
             project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
         weights = [*model.parameters(), *project.parameters()]
         optimizer = torch.optim.AdamW(  # its rate is a tensor, as a replayed step reads it anew
-            weights, torch.tensor(args.lr, device=device), (0.9, 0.95), weight_decay=0.1,
+            weights, torch.tensor(args.lr, device=device), betas=(0.9, 0.95), weight_decay=0.1,
             fused=True, capturable=device.type == "cuda")
         parts = dict(model=model, project=project, optimizer=optimizer)
         shares = (d.y_train.bincount() / n).tolist() if d.classes else []
         constants = dict(stage=1, arguments=arguments, classes=d.classes, shares=shares,
                          mean=d.mean, std=d.std, digest=d.digest)
         log = data.restore(state, parts)
-        farthest = math.ceil(args.shift * model.stride)  # samples, of which a column may have 2
+        farthest = math.ceil(args.shift * model.stride)  # in samples; a column may have only 2
 
         def step():
             """One step on B distinct training series; its terms by name."""
             x = d.x_train[torch.randperm(n, device=device)[:B]]
-            # addition: shifted in time, else stage 1 learns small sets by heart: GunPoint's novelty
-            # .97, not .68, MSE .005, not .013; of the embedded set .086, not .093, and .96 of its
-            # series well-formed, not .94, over three seeds (--shift 0)
+            # addition: shifted in time, else stage 1 knows small sets by heart: without (--shift 0)
+            # GunPoint's novelty is .68 (with: .97), its MSE .013 (.005); the embedded set's MSE is
+            # .093 (.086), .94 of its series are well-formed (.96; three seeds)
             x = data.time_shift(x, torch.randint(-farthest, farthest + 1, (B, 1), device=device))
             loss, terms, s = stage1_loss(
                 model, project, x, SSL_LOSSES[args.ssl], args.ssl_weight, args.augment,
@@ -239,7 +236,8 @@ if __name__ == "__main__":
             return {name: value.detach() for name, value in terms.items()}
 
         step = data.replayed(step, device, args.eager)
-        began, first, sums = time.perf_counter(), log[-1]["step"] if log else 0, {}
+        first = log[-1]["step"] if log else 0
+        began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
             optimizer.param_groups[0]["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
@@ -254,7 +252,7 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - began
 
         model.eval()
-        # the noise floor, on shifted series, as x^ of a series known by heart copies its noise
+        # what sample.py --noise adds; on shifted series, as x^ of one known by heart has its noise
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))

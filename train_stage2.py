@@ -120,7 +120,7 @@ if __name__ == "__main__":
         # addition: the tokens of shifted series are learned, too, at most nine shifts, as else the
         # prior knows the training series by heart: novelty of SmoothSubspace .39, with shifts in
         # both stages .96 (--shift 0)
-        farthest = math.ceil(args.shift * vqvae.stride)  # samples, of which a column may have 2
+        farthest = math.ceil(args.shift * vqvae.stride)  # in samples; a column may have only 2
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)
             data.in_batches(vqvae.tokenize, data.time_shift(d.x_train, int(by))) for by in shifts])
@@ -132,7 +132,7 @@ if __name__ == "__main__":
         matrices = [W for W in prior.layers.parameters() if W.ndim == 2]
         others = [W for W in prior.parameters() if W not in set(matrices)]
         muon = Muon(matrices, rate)
-        adamw = torch.optim.AdamW(others, rate, (0.9, 0.95), weight_decay=0.1, fused=True,
+        adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=device.type == "cuda")
         parts = dict(model=prior, muon=muon, adamw=adamw)
         constants = dict(stage=2, arguments=arguments, codebook=codebook)
@@ -158,7 +158,8 @@ if __name__ == "__main__":
                     "gradient_norm": norm}
 
         step = data.replayed(step, device, args.eager)
-        began, first, sums = time.perf_counter(), log[-1]["step"] if log else 0, {}
+        first = log[-1]["step"] if log else 0
+        began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
             rate.fill_(args.lr * data.one_cycle(i / args.steps))

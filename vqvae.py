@@ -33,10 +33,10 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length); W would fit `hop` different lengths.
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), as `hop` lengths have the same W.
 
-    What torch.istft does, less its check for zero windows, which makes the CPU wait for the GPU;
-    n_fft must be a multiple of hop.
+    torch.istft without its check for zero windows, which makes the CPU wait for the GPU; n_fft must
+    be a multiple of hop.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -44,8 +44,8 @@ def istft(u, length, n_fft=8, hop=2):
 
     def overlap_add(frames):
         """(rows,n_fft,W) -> (rows,length), without the border that stft has reflected."""
-        parts = frames.unflatten(1, (-1, hop)).unbind(1)  # n_fft / hop times (rows,hop,W)
-        x = sum(F.pad(part, (i, len(parts) - 1 - i)) for i, part in enumerate(parts))
+        hops = frames.unflatten(1, (-1, hop)).unbind(1)  # n_fft / hop times (rows,hop,W)
+        x = sum(F.pad(one, (i, len(hops) - 1 - i)) for i, one in enumerate(hops))
         return x.mT.flatten(1)[:, n_fft // 2 :][:, :length]
 
     x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
 
 
 def no_autocast(device):
-    """Context of full precision, in which codes are chosen and averaged also under autocast."""
+    """Context without autocast, as codes are chosen and averaged in full precision."""
     has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device has none
     return torch.autocast(device.type if has_autocast else "cpu", enabled=False)
 
@@ -77,7 +77,7 @@ class VectorQuantizer(nn.Module):
 
     `codebook` (K,D) equals `sums` / `counts`, the averaged sum and number of the latents that chose
     each code; `decay` is the share of the old average kept a step. Counts start at 0, so `revive`
-    places all codes on the first training batch; until then they are 0. Eval mode changes nothing.
+    places all codes on the first training batch. Eval mode updates nothing.
     """
 
     def __init__(self, K=32, D=64, decay=0.9):
@@ -118,7 +118,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def revive(self, latents):
         """Move codes counted under 1 % of a fair share, B*N/K, onto random latents (B*N,D)."""
-        # fix: where public code moves the code alone, its stale sum and count drag it back
+        # fix: public code moves the code alone; its stale sum and count then drag it back
         K, fair_share = len(self.codebook), len(latents) / len(self.codebook)
         is_unused = self.counts < 0.01 * fair_share
         drawn = latents[torch.randint(len(latents), (K,), device=latents.device)]
@@ -147,7 +147,7 @@ class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
     The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors it.
-    L >= n_fft, a multiple of hop. `grid` is (H',W'), `stride` the samples between its columns.
+    L >= n_fft, and hop divides n_fft. `grid` is (H',W'), `stride` the samples of a column.
     """
 
     # follow-up: D, K, the decay, and the weight 1 of the commitment loss
@@ -202,17 +202,17 @@ class VQVAE(nn.Module):
         """s (B,N) -> x^ (B,C,L). Call in eval mode."""
         return self.decode(self.quantizer.lookup(s, self.grid))[0]
 
-    # addition: white noise that x has and x^ lacks, measured in closed form and drawn with x^; a
-    # classifier taught by series without it is right on .29 of noisy real ones, with it on .86
-    # (--noise 0)
+    # addition: white noise that x has and x^ lacks, measured in closed form and drawn with x^: a
+    # classifier taught by series without it (sample.py --noise 0) is right on .29 of noisy real
+    # ones, by series with it on .86
 
     @torch.no_grad()
     def fit_noise_floor(self, x, rare=10):
         """Set `noise_floor` (C,H,K) from series x (n,C,L). Call in eval mode.
 
-        It is the deviation of white noise whose power in bin h is the mean excess of |stft(x)|^2
-        over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells, about
-        `rare` of them, is drawn towards the mean of its bin.
+        Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess of
+        |stft(x)|^2 over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells,
+        about `rare` of them, is drawn towards the mean of its bin.
         """
         K = len(self.quantizer.codebook)
         total, count = torch.zeros_like(self.noise_floor), x.new_zeros(self.grid[0], K)
@@ -231,8 +231,8 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> white noise (B,C,L), in each column of the least deviation among its bins."""
-        # white noise is the same in all bins, so the least of them bounds it
+        """s (B,N) -> white noise (B,C,L), in each column as strong as in its quietest bin."""
+        # white noise is as strong in all bins, so the quietest bounds it
         bins = torch.arange(self.grid[0], device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
         deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
