@@ -165,8 +165,8 @@ def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
 def fit_two_steps(x):
     """Best two flat patterns of a TwoPatterns series x (n,128), by least squares over all pairs.
 
-    Returns whether x is well-formed (at most 6 samples off by over half a level, at most 3 of them
-    inside a pattern), its class 0..3, and start, first length, gap, second length.
+    Returns (n,6): whether x is well-formed (at most 6 samples off by over half a level, at most 3
+    of them inside a pattern), its class 0..3, and start, first length, gap, second length.
     """
     T, l = torch.tensor([(t, l) for l in range(16, 33) for t in range(129 - l)], device=x.device).T
     middle, end = T + (l + 1) // 2, T + l
@@ -187,7 +187,8 @@ def fit_two_steps(x):
     is_off = (x - shape).abs() > 0.5 * level
     ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
     is_up, (one, two) = fall[..., 0] < 0, best[..., 0]
-    return ok, is_up[0] + 2 * is_up[1], (T[one], l[one], T[two] - end[one], l[two])
+    label = is_up[0] + 2 * is_up[1]
+    return torch.stack([ok, label, T[one], l[one], T[two] - end[one], l[two]], 1)
 
 
 def ks_distance(a, b):
@@ -201,8 +202,8 @@ def two_patterns_scores(x_rec, y_rec, x, y):
     """Shares of series well-formed and of their class; KS distances of their parameters."""
     figures, parameters = {}, []
     for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
-        ok, label, fitted = fit_two_steps(v[:, 0])
-        is_good = ok & (label == labels)
+        ok, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
+        is_good = (ok == 1) & (label == labels)
         figures[f"well_formed_{name}"] = is_good.float().mean().item()
         parameters.append([values[is_good] for values in fitted])
     for name, a, b in zip(("start", "first_length", "gap", "second_length"), *parameters):

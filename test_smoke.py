@@ -390,7 +390,7 @@ def test_synthetic_set_is_like_the_real_one():
     assert d.x_train.shape == (1000, 1, 128) and len(d.x_test) == 4000 and d.classes == [*"1234"]
     assert ((d.x_train * d.std + d.mean).std(2) - 1).abs().max() < 1e-4
     x = torch.cat([d.x_train, d.x_test])[:, 0]
-    ok, label, ours = sample.fit_two_steps(x)
+    ok, label, *ours = sample.fit_two_steps(x).T
     assert ok.all() and torch.equal(label, torch.cat([d.y_train, d.y_test]))
     assert [(v.min(), v.max()) for v in ours[1::2]] == [(16, 32)] * 2  # both lengths
     d = data.load("TwoPatterns", there(UCR / "TwoPatterns"))
@@ -398,7 +398,7 @@ def test_synthetic_set_is_like_the_real_one():
     for lag in (1, 2, 4, 8, 16, 32):
         a, b = ((v[:, lag:] * v[:, :-lag]).mean().item() for v in (x, x_real))
         assert a == pytest.approx(b, abs=0.02), lag
-    ok, _, theirs = sample.fit_two_steps(x_real)
+    ok, _, *theirs = sample.fit_two_steps(x_real).T
     assert ok.all() and all(sample.ks_distance(a, b) < 0.05 for a, b in zip(ours, theirs))
 
 
