@@ -545,6 +545,8 @@ def replayed(step, device, eager=False):
         try:
             with torch.cuda.graph(graph, stream=stream):
                 outputs = step()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise Refused(f"this step can't be captured; use --eager: {error}") from error
         while True:
