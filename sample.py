@@ -232,19 +232,21 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
 
 
 def draw_samples(run, x, y, classes, d):
-    """Generated series, a column a class, at most 10, their first channel; above, real ones of d,
-    if it is not None."""
+    """The first channel of three generated series a class, one below the other, of at most 10
+    classes; above them real ones of d, if it is not None."""
     columns = y.unique().tolist()[:10] if y is not None else [None]
     kinds = [("real", d.x_test, d.y_test, "0.3")] if d else []
     kinds.append(("generated", x, y, "C0"))
+    below = (x.amax() - x.amin()).cpu() * torch.arange(3)
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 2.7 * len(kinds)), layout="constrained")
-    axes = figure.subplots(3 * len(kinds), len(columns), sharex=True, sharey=True, squeeze=False)
-    for block, (kind, v, labels, color) in zip(np.split(axes, len(kinds)), kinds):
-        for column, c in zip(block.T, columns):
+    axes = figure.subplots(len(kinds), len(columns), sharex=True, sharey=True, squeeze=False)
+    for row, (kind, v, labels, color) in zip(axes, kinds):
+        for axis, c in zip(row, columns):
             rows, title = (v, "all") if c is None else (v[labels == c], f"class {classes[c]}")
-            column[0].set_title(f"{kind}, {title}", fontsize=9)
-            for axis, row in zip(column, rows[:3]):
-                axis.plot(row[0].cpu(), lw=1, color=color)
+            lines = rows[:3, 0].cpu().T
+            axis.plot(lines - below[: lines.shape[1]], lw=1, color=color)
+            axis.set(yticks=[])
+            axis.set_title(f"{kind}, {title}", fontsize=9)
     figure.supxlabel("time step")
     data.write(run / "samples.png", figure.savefig)
 

@@ -5,6 +5,7 @@ Scripts run on the CPU, as bits are compared. Tests of real UCR files (in UCR_DA
 """
 
 import copy
+import io
 import json
 import math
 import os
@@ -67,13 +68,6 @@ def refused(capsys, message, name, *flags, code=1):
     assert re.fullmatch(rf"{name}\.py: .*(?:{message}).*", said), said
 
 
-def program(name, *flags, folder=HERE, **environment):
-    """Start a script of that folder as a program."""
-    command = [sys.executable, str(folder / f"{name}.py"), *map(str, flags), "--device", "cpu"]
-    return subprocess.Popen(command, env=os.environ | environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def there(path):
     return path if path.exists() else pytest.skip(f"{path} is not there")
 
@@ -95,7 +89,7 @@ def small(tmp_path_factory):
 TINY1 = ("--steps", 4, "--batch-size", 16, "--proj-dim", 64)
 TINY2 = ("--steps", 4, "--batch-size", 16)
 SAVE = ("--save-every", 3)
-LONG = ("--steps", 24, *SAVE)
+LONG = ("--steps", 15, *SAVE)
 FILES = {"stage1.pt", "stage1.jsonl", "reconstructions.png", "stage2.pt", "stage2.jsonl",
          "metrics.json", "samples.npz", "samples.png"}
 
@@ -737,19 +731,19 @@ def test_channels_offsets_and_no_labels_through_all_scripts(tmp_path):
         assert abs(second - 1.7e9).max() < 100 and len(np.unique(second)) > 0.9 * second.size
 
 
-def test_classes_of_any_name(tmp_path):
+def test_classes_of_any_name(tmp_path, monkeypatch):
     y = ["none", "all", "caf\xe9", "$\\frac{1$"] * 7
     run = train(arrays(tmp_path, *WALKS[:, :28], y_train=y, y_test=y), tmp_path / "r\xfan")
     for label, flags in {"none": ("--label", "none"), "all": ("--label", "all"),
                          "": ("--unconditional",)}.items():
         script("sample", "--run", run, "--n", 5, *flags)
         assert set(samples(run)["y"]) == {label}
-    # a terminal without these letters, and a backend for pictures that is not there
-    process = program("sample", "--run", run, "--n", 2, "--label", "caf\xe9",
-                      PYTHONIOENCODING="ascii", MPLBACKEND="module://not_installed.backend")
-    said, error = process.communicate()
-    assert process.returncode == 0 and "r\\xfan samples: " in said, error
-    assert set(samples(run)["y"]) == {"caf\xe9"}
+    # a terminal without these letters, and pictures without a display
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    script("sample", "--run", run, "--n", 2, "--label", "caf\xe9")
+    sys.stdout.flush()
+    assert b"r\\xfan samples: " in sys.stdout.buffer.getvalue()
+    assert set(samples(run)["y"]) == {"caf\xe9"} and "matplotlib.pyplot" not in sys.modules
 
 
 def test_a_run_folder_is_enough_to_draw_and_data_are_known_by_their_bytes(small, tmp_path, capsys):
@@ -823,19 +817,20 @@ def uninterrupted(small, tmp_path_factory):
     return train(small, tmp_path_factory.mktemp("uninterrupted"), LONG, LONG)
 
 
-@pytest.mark.parametrize("stage, how", [
-    (1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGINT)])
+@pytest.mark.parametrize("stage, how", [(1, signal.SIGTERM), (2, signal.SIGKILL)])
 def test_stopped_and_resumed_ends_bit_equal(stage, how, small, uninterrupted, tmp_path):
     name, flags = f"train_stage{stage}", ((*TINY1, "--dataset", small), TINY2)[stage - 1] + LONG
     shutil.copy(uninterrupted / "stage1.pt", tmp_path / ("unused", "stage1.pt")[stage - 1])
     log, path = (tmp_path / f"stage{stage}.{ending}" for ending in ("jsonl", "pt"))
-    process = program(name, "--run", tmp_path, *flags)
+    command = [HERE / f"{name}.py", "--run", tmp_path, *flags, "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, *map(str, command)], text=True,
+                               stderr=subprocess.PIPE)
     while not path.exists():
         time.sleep(0.005)
         assert process.poll() is None, process.stderr.read()
     process.send_signal(how)
     error = process.communicate()[1]
-    assert 3 <= torch.load(path)["log"][-1]["step"] < 24 and process.returncode != 0
+    assert 3 <= torch.load(path)["log"][-1]["step"] < 15 and process.returncode != 0
     if how != signal.SIGKILL:
         assert "Traceback" not in error and "--resume goes on from the last checkpoint" in error
     # the checkpoint's flags are taken, and may be given again
@@ -885,13 +880,10 @@ def test_bad_input(command, code, message, prepare, finished, tmp_path, monkeypa
     assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
 
-def test_a_bug_keeps_its_traceback(finished, tmp_path):
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    edited = (tmp_path / "maskgit.py").read_text().replace("    return s_M\n", "    1 / 0\n", 1)
-    (tmp_path / "maskgit.py").write_text(edited)
-    error = program("sample", "--run", finished, folder=tmp_path).communicate()[1]
-    assert re.search(r"Traceback \(most .*maskgit\.py.*\nZeroDivisionError: .*\n$", error, re.S)
+def test_a_bug_keeps_its_traceback(finished, monkeypatch):
+    monkeypatch.setattr(maskgit, "decode", lambda *_: 1 / 0)  # as edited by a reader
+    with pytest.raises(ZeroDivisionError):
+        script("sample", "--run", finished)
 
 
 PAGES = [(HERE / place / "README.md").read_text() for place in ("", "results")]
@@ -925,8 +917,10 @@ def test_each_library_file_works_copied_alone_into_an_empty_folder(tmp_path):
     assert {name for code in snippets for name in imports.findall(code)} >= LIBRARIES
     for name in LIBRARIES:
         assert not set(imports.findall((HERE / f"{name}.py").read_text())) & LIBRARIES
+    running = []
     for i, code in enumerate(snippets):
         (tmp_path / str(i)).mkdir()
         for name in set(imports.findall(code)) & LIBRARIES:
             shutil.copy(HERE / f"{name}.py", tmp_path / str(i))
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path / str(i), check=True)
+        running.append(subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path / str(i)))
+    assert [process.wait() for process in running] == [0] * len(snippets)

@@ -171,16 +171,14 @@ def evaluate(model, d):
 
 @torch.no_grad()
 def draw_reconstructions(run, model, d):
-    """Six test series, evenly spaced: the first channel of x in grey behind x^."""
+    """The first channel of six test series, evenly spaced, one below the other."""
     x = d.x_test[torch.linspace(0, len(d.x_test) - 1, 6).long()]
-    figure = Figure(figsize=(6, 8), layout="constrained")
-    axes = figure.subplots(6, sharex=True)
-    for axis, one, one_hat in zip(axes, x, model.detokenize(model.tokenize(x))):
-        axis.plot(one[0].cpu(), color="0.6", lw=1, label="x")
-        axis.plot(one_hat[0].cpu(), color="C0", lw=1.2, label="x^")
-    axes[0].legend(loc="upper right", fontsize=8)
-    axes[-1].set_xlabel("time step")
-    data.write(run / "reconstructions.png", figure.savefig)
+    below = (x.amax() - x.amin()).cpu() * torch.arange(6)
+    axis = Figure(figsize=(6, 8), layout="constrained").subplots()
+    for v, color in ((x, "0.6"), (model.detokenize(model.tokenize(x)), "C0")):
+        axis.plot(v[:, 0].cpu().T - below, color=color, lw=1.2)
+    axis.set(title="x in grey, x^ in blue", xlabel="time step", yticks=[])
+    data.write(run / "reconstructions.png", axis.figure.savefig)
 
 
 if __name__ == "__main__":
