@@ -20,15 +20,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import style
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
 from maskgit import MaskGIT, decode, guided, revise
 from vqvae import VQVAE
-
-style.use(["tableau-colorblind10", {"text.parse_math": False}])  # a class may be called $
 
 
 def flags():
@@ -42,7 +39,7 @@ def flags():
     what.add_argument("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
     what.add_argument("--evaluate", action="store_true",
-        help="novelty and, where there are labels, FID, inception score and CAS as well")
+        help="novelty and, of series with labels, 4 or more, FID, inception score and CAS")
     add("--fcn-steps", type=data.number(int, 1), default=1000,
         help="training steps, of batch 64, of each classifier behind --evaluate")
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
@@ -118,6 +115,8 @@ def frechet_distance(a, b):
     (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the nuclear norm of R_a R_b^T: real,
     also where features are rank-deficient.
     """
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
     a, b = a.double(), b.double()
     R_a, R_b = (torch.linalg.qr(v - v.mean(0), mode="r").R / (len(v) - 1) ** 0.5 for v in (a, b))
     cross = torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
@@ -184,7 +183,7 @@ def fit_two_steps(x):
     t = torch.arange(128, device=x.device)
     shape = fall.sign() * torch.where(t < middle[best], level, -level)  # (2,n,128)
     shape = shape.where((t >= T[best]) & (t < end[best]), 0).sum(0)  # one ends before two begins
-    is_off = (x - shape).abs() > 0.5 * level
+    is_off = ~((x - shape).abs() < 0.5 * level)  # NaN is off, too
     ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
     is_up, (one, two) = fall[..., 0] < 0, best[..., 0]
     label = is_up[0] + 2 * is_up[1]
@@ -219,8 +218,8 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     """
     x_rec, x_train_rec = (to_series(vqvae, data.in_batches(vqvae.tokenize, v), noise)
                           for v in (d.x_test, d.x_train))
-    of_new = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
-    figures = {"novelty": nearest_distance(x, d.x_train) / of_new}
+    of_test = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
+    figures = {"novelty": nearest_distance(x, d.x_train) / of_test}
     if figures["novelty"] < 0.8:
         print("these series stay close to the training series; fewer --steps in stage 2, or a "
               "larger --shift, make newer ones")
@@ -237,7 +236,7 @@ def draw_samples(run, x, y, classes, d):
     columns = y.unique().tolist()[:10] if y is not None else [None]
     kinds = [("real", d.x_test, d.y_test, "0.3")] if d else []
     kinds.append(("generated", x, y, "C0"))
-    below = (x.amax() - x.amin()).cpu() * torch.arange(3)
+    below = (x[:, 0].amax() - x[:, 0].amin()).cpu() * torch.arange(3)
     figure = Figure(figsize=(max(5, 2.3 * len(columns)), 2.7 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), len(columns), sharex=True, sharey=True, squeeze=False)
     for row, (kind, v, labels, color) in zip(axes, kinds):
@@ -246,7 +245,8 @@ def draw_samples(run, x, y, classes, d):
             lines = rows[:3, 0].cpu().T
             axis.plot(lines - below[: lines.shape[1]], lw=1, color=color)
             axis.set(yticks=[])
-            axis.set_title(f"{kind}, {title}", fontsize=9)
+            # a class may be called $
+            axis.set_title(f"{kind}, {title}", fontsize=9, parse_math=False)
     figure.supxlabel("time step")
     data.write(run / "samples.png", figure.savefig)
 

@@ -33,13 +33,15 @@ import train_stage2
 import vqvae
 
 HERE = Path(__file__).parent
+PAGES = [(HERE / place / "README.md").read_text() for place in ("", "results")]
 UCR = Path(os.environ.get("UCR_DATA", HERE.parent / "shared" / "data"))
 CASES = Path(os.environ.get("UCR_CASES", HERE.parent / "shared" / "cases"))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_offline(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(data, "MIRRORS", ())
 
 
 def script(name, *flags):
@@ -143,15 +145,12 @@ def test_stft_round_trip():
 @pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])
 def test_shapes_the_plain_autoencoder_and_eval(L, columns):
     model, x = vqvae.VQVAE(L, C=2, K=8, columns=columns), torch.randn(3, 2, L)
-    twin, (H, W) = copy.deepcopy(model), model.grid
+    H, W = model.grid
     # every column begins inside the series
     assert H == 5 and columns / 1.7 <= W <= columns * 1.5 and (W - 1) * model.stride - 1 < L
-    torch.manual_seed(1)
-    x_hat, u_hat, s, commitment = model(x)
-    torch.manual_seed(1)
-    z_q, *rest = twin.quantizer(twin.encoder(twin.stft(x)))
-    assert same((x_hat, u_hat, s, commitment), (*twin.decode(z_q), *rest))
-    assert z_q.shape == (3, 64, H, W) and s.shape == (3, H * W) and x_hat.shape == x.shape
+    x_hat, u_hat, s, _ = model(x)
+    assert x_hat.shape == x.shape and torch.equal(vqvae.istft(u_hat, L), x_hat)
+    assert s.shape == (3, H * W) and model.encode(x).shape == (3, 64, H, W)
     before = copy.deepcopy(model.eval().state_dict())
     x_hat, _, s, _ = model(10 * x)
     assert torch.equal(model.tokenize(10 * x), s)
@@ -257,9 +256,6 @@ def test_ssl_loss_and_gradient(name, B, n):
 def test_known_values_and_full_precision():
     Z = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 3 + 5  # C = I
     assert all(term.abs() < 1e-10 for term in ssl_losses.barlow_twins(Z, Z).values())
-    Z = torch.randn(16, 40).cumsum(1)  # no scale of a feature matters to correlations
-    a, b = (ssl_losses.decorrelation(v) for v in (Z, Z * torch.logspace(-2, 2, 40)))
-    assert torch.allclose(a, b, rtol=1e-4)
     # fp32 under autocast
     Z1, Z2 = torch.randn(2, 16, 64)
     layer, quantizer = ssl_losses.IterNorm(64), vqvae.VectorQuantizer(K=8, D=4)
@@ -310,8 +306,6 @@ def test_masked_share_and_loss_of_masked_tokens_only(schedule, share):
     assert is_masked.sum(1).min() >= 1 and is_masked.float().mean(0).std() < 0.01
     logits, s, is_masked = torch.randn(3, 10, 5), torch.randint(5, (3, 10)), is_masked[:3, :10]
     loss = maskgit.masked_cross_entropy(logits, s, is_masked)
-    other = logits + 100 * torch.randn_like(logits) * ~is_masked[..., None]
-    assert torch.equal(loss, maskgit.masked_cross_entropy(other, s, is_masked))
     assert torch.allclose(loss, F.cross_entropy(logits[is_masked], s[is_masked]))
 
 
@@ -432,11 +426,11 @@ def test_cases(case):
     path = there(CASES / ("npz" if case.endswith("npz") else "") / case)
     where = ("Own", path) if path.is_dir() else (str(path),)
     if case in READ:
-        d = data.load(*where, mirrors=[])
+        d = data.load(*where)
         assert d.classes == READ[case].split() and d.x_train.shape[1:] == (1, 24)
     else:
         with pytest.raises(data.Refused, match=r"(TRAIN.*line \d|\.npz).*" + REFUSED[case]):
-            data.load(*where, mirrors=[])
+            data.load(*where)
 
 
 X, ROW = np.random.default_rng(0).normal(size=(6, 10)), "1 1 2 3 4 5 6 7 8\n"
@@ -487,7 +481,6 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     (TS.replace("@data\n", ""), "TRAIN.ts: no line '@data'"),
     (TS + "1,2,3:4,5:a\n", r"line 4: channels of lengths \[3, 2\]"),
     (TS + "1,2:3,4\n", "TRAIN.ts, line 4: '3,4' stands where the header announces a label"),
-    (TS.replace("data\n", "data "), "TRAIN.ts: no line '@data'"),
     ({"x_train": X.astype(object)}, "own.npz: not an .npz of plain arrays"),
     ({"x_test": X + [np.inf] * 10}, r"x_test\[0, 0\] is infinite"),
     ({"y_train": X[0]}, r"y_train has shape \(10,\); expected a label for each of the 6"),
@@ -501,10 +494,10 @@ def test_data_that_are_refused(train, message, tmp_path):
     else:
         name = arrays(tmp_path, **{"x_train": X, "x_test": X} | train)
     with pytest.raises(data.Refused, match=message):
-        data.load(name, tmp_path, mirrors=[])
+        data.load(name, tmp_path)
 
 
-def test_download(tmp_path):
+def test_download(tmp_path, monkeypatch):
     for kind, place in (("flat", ""), ("folder", "Own/"), ("up", "../")):
         with zipfile.ZipFile(tmp_path / f"Own-{kind}.zip", "w") as archive:
             for file in ("Own_TRAIN.txt", "Own_TEST.txt", "README.md"):
@@ -513,21 +506,23 @@ def test_download(tmp_path):
     address = tmp_path.as_uri() + "/{}-"
     bad = [address + kind for kind in ("cut.zip", "up.zip", "gone.zip")]
     for kind in ("flat", "folder"):
+        monkeypatch.setattr(data, "MIRRORS", bad)
         with pytest.raises(data.Refused, match="not a zip.*up.zip .*No such file"):
-            data.load("Own", tmp_path / kind, mirrors=bad)
+            data.load("Own", tmp_path / kind)
         assert not (tmp_path / kind).exists()
-        data.load("Own", tmp_path / kind, mirrors=[*bad, f"{address}{kind}.zip"])
+        monkeypatch.setattr(data, "MIRRORS", [*bad, f"{address}{kind}.zip"])
+        data.load("Own", tmp_path / kind)
         assert len([*(tmp_path / kind / "Own").iterdir()]) == 2  # without the README.md
-        assert data.load("Own", tmp_path / kind, mirrors=[]).x_train.shape == (2, 1, 8)
+        monkeypatch.setattr(data, "MIRRORS", ())
+        assert data.load("Own", tmp_path / kind).x_train.shape == (2, 1, 8)
         (tmp_path / kind / "Own" / "Own_TEST.txt").unlink()  # the other is not overwritten
         with pytest.raises(data.Refused, match="Own_TRAIN.txt: there, but not both"):
-            data.load("Own", tmp_path / kind, mirrors=[f"{address}{kind}.zip"])
+            data.load("Own", tmp_path / kind)
 
 
 def test_what_the_scripts_share(tmp_path):
     for done, rate in ((0, 0.04), (0.05, 0.52), (0.1, 1), (0.55, 0.5), (1, 0)):
         assert data.one_cycle(done) == pytest.approx(rate)
-    assert data.replayed(data.one_cycle, torch.device("cpu")) is data.one_cycle
     data.report(tmp_path, "stage1", {"mse": math.inf, "knn": 0.5})
     data.report(tmp_path, "stage2", {"nats": math.nan})
     assert figures(tmp_path) == {"stage1": {"mse": None, "knn": 0.5}, "stage2": {"nats": None}}
@@ -537,10 +532,6 @@ def test_what_the_scripts_share(tmp_path):
     with pytest.raises(TypeError):
         data.write(path, lambda file: file.write(b"half") and file.write("not bytes"))
     assert os.listdir(path.parent) == ["file"]
-    code = ("import data, os, pathlib, sys\nos.replace = lambda *names: os.kill(os.getpid(), 9)\n"
-            "data.write(pathlib.Path(sys.argv[1]), b'ne')")
-    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=HERE)
-    assert killed.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
 
 
 # ---- the two stages -----------------------------------------------------------------------------
@@ -610,7 +601,7 @@ def test_probes_and_metrics_by_hand():
     # |mu|^2 + sum (sigma_a - sigma_b)^2
     assert sample.frechet_distance(a, b) == pytest.approx(1 + 1 + 0 + 4, abs=1e-6)
     x, y = data.two_patterns(60, torch.Generator().manual_seed(0))
-    half = torch.cat([x[:30], torch.randn(30, 1, 128)])
+    half = torch.cat([x[:30], torch.randn(28, 1, 128), 0 * x[:1], math.nan * x[:1]])
     scores = sample.two_patterns_scores(x, y, half, y)
     assert scores["well_formed_reconstructed"] == 1 and scores["well_formed_generated"] == 0.5
 
@@ -679,7 +670,8 @@ def test_end_to_end(ssl, small, tmp_path):
 
 def test_newest_run_other_name_and_same_bits(small, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, tmp_path / "runs" / "z")  # older, and last by name
+    shutil.copytree(finished, "runs/synthetic-vbcreg")  # older, and last by name
+    exec(re.search(r"```python\n(import torch\n.*?)```", PAGES[0], re.S)[1], {})
     script("train_stage1", "--dataset", small, "--ssl", "vibcreg", *TINY1)
     script("train_stage2", *TINY2)
     script("sample", "--n", 4)
@@ -701,7 +693,7 @@ WALKS = np.random.default_rng(0).normal(size=(2, 30, 16)).cumsum(2)
 ODD = {  # x_train, y_train, x_test, y_test, steps of three epochs in batches of at most 16
     "constant, of one class": (np.ones((8, 16)), ["b"] * 8, np.ones((1, 16)), ["b"], 3),
     "a class of one series": (WALKS[0], ["b"] * 29 + ["a"], WALKS[1], ["b"] * 30, 6),
-    "outliers": (WALKS[0], ["a", "b"] * 15, 1e30 * np.eye(30, 16), ["a", "b"] * 15, 6)}
+    "outliers": (WALKS[0], ["a", "b"] * 15, 1e38 * np.eye(30, 16), ["a", "b"] * 15, 6)}
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -711,7 +703,6 @@ def test_odd_data_through_all_scripts(case, tmp_path):
     run = train(path, tmp_path / "run", ("--codebook-size", 8, "--columns", 4), ("--epochs", 3))
     assert torch.load(run / "stage2.pt")["log"][-1]["step"] == steps
     script("sample", "--run", run, "--n", 8, "--evaluate", "--fcn-steps", 2)
-    assert {path.name for path in run.iterdir()} == FILES
     drawn, tensors = samples(run), weights(run / "stage1.pt")
     assert np.isfinite(drawn["x"]).all() and drawn["s"].shape == (8, 5 * 4)
     assert all(v.isfinite().all() for v in tensors) and (8, 64) in [v.shape for v in tensors]
@@ -867,7 +858,6 @@ NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint of these scripts"
     ("train_stage1 --proj-dim 100", 2, "--proj-dim 100 is not a multiple of 64", None),
     ("train_stage1 --lr nan", 2, "--lr: nan is not between 0 and 1", None),
     ("sample --run run --label 9", 2, "--label 9: the classes are 0, 1, 2", None),
-    ("sample --run run --label 1 --unconditional", 2, "not allowed with argument --label", None),
     ("sample --impute 20:10", 2, "--impute: 20:10: START must be below END", None),
     ("sample --run run --impute 20:33", 2, "which have 32 samples", None)])
 def test_bad_input(command, code, message, prepare, finished, tmp_path, monkeypatch, capsys):
@@ -886,7 +876,6 @@ def test_a_bug_keeps_its_traceback(finished, monkeypatch):
         script("sample", "--run", finished)
 
 
-PAGES = [(HERE / place / "README.md").read_text() for place in ("", "results")]
 SCRIPTS = {module.__name__: module for module in (train_stage1, train_stage2, sample)}
 LIBRARIES = {"vqvae", "ssl_losses", "maskgit", "data"}
 

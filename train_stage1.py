@@ -46,7 +46,7 @@ def flags():
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
     add("--columns", type=data.number(int, 2, 4096), default=8,
-        help="W', columns of the latent grid: time is halved until it is nearest to this")
+        help="W', columns of the latent grid: time is halved until about so many are left")
     add("--token-noise", type=data.number(float, 0, 1), default=0.2,
         help="addition: highest probability that the decoder sees a random token; 0 is without")
     add = parser.add_argument_group("SSL").add_argument
@@ -173,7 +173,7 @@ def evaluate(model, d):
 def draw_reconstructions(run, model, d):
     """The first channel of six test series, evenly spaced, one below the other."""
     x = d.x_test[torch.linspace(0, len(d.x_test) - 1, 6).long()]
-    below = (x.amax() - x.amin()).cpu() * torch.arange(6)
+    below = (x[:, 0].amax() - x[:, 0].amin()).cpu() * torch.arange(6)
     axis = Figure(figsize=(6, 8), layout="constrained").subplots()
     for v, color in ((x, "0.6"), (model.detokenize(model.tokenize(x)), "C0")):
         axis.plot(v[:, 0].cpu().T - below, color=color, lw=1.2)

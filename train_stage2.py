@@ -53,8 +53,8 @@ def orthogonal(G, n_iterations=5):
     X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
     for _ in range(n_iterations):
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # b A + c A^2, X X^T being A
-        X = torch.baddbmm(X, B, X, beta=3.4445)  # a X + B X
+        bc = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)  # b A + c A^2
+        X = torch.baddbmm(X, bc, X, beta=3.4445)  # a X + (b A + c A^2) X
     return X
 
 
@@ -137,8 +137,6 @@ if __name__ == "__main__":
         parts = dict(model=prior, muon=muon, adamw=adamw)
         constants = dict(stage=2, arguments=arguments, codebook=codebook)
         log = data.restore(state, parts)
-        for group in (*muon.param_groups, *adamw.param_groups):
-            group["lr"] = rate  # of which restoring makes copies
 
         def step():
             """One step on the tokens of B distinct training series; its terms by name."""
@@ -153,16 +151,15 @@ if __name__ == "__main__":
             norm = torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
             muon.step()
             adamw.step()
-            is_right = (logits.argmax(-1) == s) & is_masked
-            return {"loss": loss.detach(), "accuracy": is_right.sum() / is_masked.sum(),
-                    "gradient_norm": norm}
+            return {"loss": loss.detach(), "gradient_norm": norm}
 
         step = data.replayed(step, device, args.eager)
         first = log[-1]["step"] if log else 0
         began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
-            rate.fill_(args.lr * data.one_cycle(i / args.steps))
+            for group in (*muon.param_groups, *adamw.param_groups):
+                group["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
             is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
             if is_due or (i + 1) % LOG_EVERY == 0:
