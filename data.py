@@ -220,10 +220,13 @@ def checked_array(x, where):
     """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
-    if np.isinf(x).any():
-        index = np.argwhere(np.isinf(x))[0].tolist()
-        raise Refused(f"{where}{index} is infinite; remove or replace it")
-    x = (x[:, None] if x.ndim == 2 else x).astype(np.float64)
+    values = x.astype(np.float64)
+    is_lost = np.isinf(values) | (abs(values) >= 2**53) & (x.dtype.kind in "iu")
+    if is_lost.any():
+        index = np.argwhere(is_lost)[0].tolist()
+        raise Refused(f"{where}{index} is infinite, or an integer of 2^53 or more, which float64 "
+                      "rounds; remove or replace it")
+    x = values[:, None] if x.ndim == 2 else values
     if x.shape[1] > x.shape[2]:
         print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
               "is (N,L,C), save its swapaxes(1, 2)")
@@ -557,19 +560,23 @@ def replayed(step, device, eager=False):
     return calls().__next__
 
 
-def record(sums, log, step, run):
-    """Log record: means by name of the terms summed since the last one, Refused if not finite."""
+def record(sums, log, step, path):
+    """Append the means of the terms summed since the last record to the log, and write it to path.
+
+    Refused if one is not finite.
+    """
     first = log[-1]["step"] if log else 0
     terms = {name: value.item() / (step - first) for name, value in sums.items()}
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
     if bad:
-        raise Refused(f"{', '.join(bad)} not finite in steps {first + 1} to {step}; the last "
-                      f"checkpoint in {run} is kept. Try a lower --lr, or look for outliers")
-    return {"step": step} | terms
+        raise Refused(f"{', '.join(bad)} not finite in steps {first + 1} to {step}; what "
+                      f"{path.parent} holds is kept. Try a lower --lr, or look for outliers")
+    log.append({"step": step} | terms)
+    write(path, "".join(json.dumps(one) + "\n" for one in log).encode())
 
 
 def save(path, parts, constants, log, args):
-    """Write a checkpoint of plain types, all that `restore` and `rebuild` need, and its .jsonl.
+    """Write a checkpoint of plain types, all that `restore` and `rebuild` need.
 
     parts: {name: module or optimizer}, kept by their state. constants: the stage, and the like.
     """
@@ -579,8 +586,6 @@ def save(path, parts, constants, log, args):
                    "flags": {k: v for k, v in vars(args).items() if k not in here_only}}
     if torch.cuda.is_initialized():
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
-    lines = "".join(json.dumps(record) + "\n" for record in log)
-    write(path.with_suffix(".jsonl"), lines.encode())
     write(path, lambda file: torch.save(checkpoint, file))
 
 
@@ -631,6 +636,13 @@ def restore(state, parts):
     return state["log"]
 
 
+def check_pair(stage1, stage2, run):
+    """Refused where stage 2 has learned tokens of another stage 1, or of other data."""
+    same_codes = torch.equal(stage1["model"]["quantizer.codebook"], stage2["codebook"])
+    if not same_codes or stage1["digest"] != stage2.get("digest"):
+        raise Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
+
+
 def rebuild(kind, state, device):
     """The model of a checkpoint, frozen and in eval mode. Refused if its weights do not fit."""
     done, steps = state["log"][-1]["step"], state["flags"]["steps"]
@@ -653,7 +665,10 @@ def in_batches(function, x):
 def report(run, part, figures):
     """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError):
+        raise Refused(f"{path}: not figures of these scripts; move it away") from None
     known[part] = {k: value if math.isfinite(value) else None for k, value in figures.items()}
     if None in known[part].values():
         print(f"warning: what is not finite is null in {path}; look for outliers")

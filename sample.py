@@ -48,8 +48,9 @@ def flags():
     add("--prior", choices=("maskgit", "uniform"), default="maskgit",
         help="uniform draws every code alike, as section 0 of the thesis does")
     add("--steps", type=data.number(int, 1, 100), default=10, help="T, of decoding")
-    add("--temperature", type=data.number(float, 0), default=1.0, help="of tokens")
-    add("--guidance", type=data.number(float, 0, 100), default=1.0, help="scale; 1 is none")
+    add("--temperature", type=data.number(float, 0, 100), default=1.0, help="of tokens")
+    add("--guidance", type=data.number(float, 0, 100), default=1.0,
+        help="scale; 1 is none, 0 is without the class")
     add("--rounds", type=data.number(int, 0, 100), default=10,
         help="addition: rounds that draw improbable tokens anew; 0 is without")
     add("--noise", type=data.number(float, 0, 100), default=1.0,
@@ -225,7 +226,7 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
               "larger --shift, make newer ones")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
-    if y is not None and name in ("synthetic", "TwoPatterns") and vqvae.L == 128:
+    if y is not None and vqvae.L == 128 and name in ("synthetic", "TwoPatterns", "TwoPatterns.npz"):
         figures |= two_patterns_scores(x_rec, d.y_test, x, y)
     return figures
 
@@ -298,8 +299,7 @@ if __name__ == "__main__":
         prior = partial(uniform, K)  # follow-up: a learned prior is the default
         if args.prior == "maskgit":
             stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
-            if not torch.equal(stage2["codebook"], stage1["model"]["quantizer.codebook"]):
-                raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
+            data.check_pair(stage1, stage2, run)
             prior = data.rebuild(MaskGIT, stage2, device)
         kept, d = stage1["flags"], None
         name = args.dataset or kept["dataset"]
@@ -325,5 +325,5 @@ if __name__ == "__main__":
         draw_samples(run, x, y, classes, d)
         figures = {"drawing_seconds": seconds}
         if d:
-            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).stem)
+            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).name)
         data.report(run, "samples", figures)

@@ -483,6 +483,7 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     (TS + "1,2:3,4\n", "TRAIN.ts, line 4: '3,4' stands where the header announces a label"),
     ({"x_train": X.astype(object)}, "own.npz: not an .npz of plain arrays"),
     ({"x_test": X + [np.inf] * 10}, r"x_test\[0, 0\] is infinite"),
+    ({"x_train": X.astype(int) + 2**60}, r"x_train\[0, 0\] is .* an integer of 2\^53 or more"),
     ({"y_train": X[0]}, r"y_train has shape \(10,\); expected a label for each of the 6"),
     ({"y_train": X[:, 0]}, "own.npz: labels of one split only"),
     ({"x_test": X * 1e60}, "own.npz: values beyond fp32 even when scaled"),
@@ -852,6 +853,8 @@ NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint of these scripts"
     *((command, 1, "tokens of another stage1.pt",
        lambda: spoil("run/stage1.pt", "model", "quantizer.codebook", 1.0))
       for command in ("sample --run run", "train_stage2 --run run --resume")),
+    ("sample --run run", 1, "tokens of another stage1.pt",
+     lambda: torch.save(torch.load(PT) | {"digest": "of other data"}, PT)),
     ("train_stage2 --run run --resume", 1, "loss.* not finite in steps 5 to 8; .* is kept",
      lambda: (spoil(PT, "flags", "steps", 4), spoil(PT, "model", "bias", math.nan))),
     ("train_stage2 --run run --resume --lr 0.5", 2, "--lr 0.5 contradicts .* in .*2.pt", None),

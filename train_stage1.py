@@ -242,7 +242,7 @@ if __name__ == "__main__":
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
             is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
             if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
-                log.append(data.record(sums, log, i + 1, run))
+                data.record(sums, log, i + 1, run / "stage1.jsonl")
                 bar.set_postfix(mse=f"{log[-1]['mse_x']:.3f}")
                 sums = {}
             if is_due and not is_last:

@@ -105,15 +105,14 @@ if __name__ == "__main__":
         run = args.run or data.newest_run("stage1.pt")
         args, state = data.resume(parser, args, run / "stage2.pt", stage=2)
         stage1 = data.load_checkpoint(run / "stage1.pt", stage=1)
-        codebook = stage1["model"]["quantizer.codebook"]
-        if state and not torch.equal(state["codebook"], codebook):
-            raise data.Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
+        if state:
+            data.check_pair(stage1, state, run)
         vqvae = data.rebuild(VQVAE, stage1, device)
         kept = stage1["flags"]
         d = data.load(args.dataset or kept["dataset"], args.data_dir or kept["data_dir"], device,
                       stage1["digest"])
 
-        n, K, N = len(d.x_train), len(codebook), math.prod(vqvae.grid)
+        n, K, N = len(d.x_train), len(vqvae.quantizer.codebook), math.prod(vqvae.grid)
         B = min(args.batch_size, n)
         if args.epochs:
             args.steps = args.epochs * max(1, round(n / B))
@@ -135,7 +134,8 @@ if __name__ == "__main__":
         adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=device.type == "cuda")
         parts = dict(model=prior, muon=muon, adamw=adamw)
-        constants = dict(stage=2, arguments=arguments, codebook=codebook)
+        constants = dict(stage=2, arguments=arguments, digest=d.digest,
+                         codebook=stage1["model"]["quantizer.codebook"])
         log = data.restore(state, parts)
 
         def step():
@@ -163,7 +163,7 @@ if __name__ == "__main__":
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
             is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
             if is_due or (i + 1) % LOG_EVERY == 0:
-                log.append(data.record(sums, log, i + 1, run))
+                data.record(sums, log, i + 1, run / "stage2.jsonl")
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due:
