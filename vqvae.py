@@ -36,7 +36,7 @@ def istft(u, length, n_fft=8, hop=2):
     """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), as `hop` lengths have the same W.
 
     torch.istft without its check for zero windows, which makes the CPU wait for the GPU; n_fft must
-    be a multiple of hop, 2 or more times it.
+    be hop times 2 or more.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
