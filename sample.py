@@ -114,7 +114,7 @@ def frechet_distance(a, b):
     """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
 
     (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the nuclear norm of R_a R_b^T: real,
-    also where features are rank-deficient.
+    also where features are rank-deficient. NaN where features are not finite.
     """
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan

@@ -145,12 +145,15 @@ def test_stft_round_trip():
 @pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])
 def test_shapes_the_plain_autoencoder_and_eval(L, columns):
     model, x = vqvae.VQVAE(L, C=2, K=8, columns=columns), torch.randn(3, 2, L)
-    H, W = model.grid
+    twin, (H, W) = copy.deepcopy(model), model.grid
     # every column begins inside the series
     assert H == 5 and columns / 1.7 <= W <= columns * 1.5 and (W - 1) * model.stride - 1 < L
-    x_hat, u_hat, s, _ = model(x)
-    assert x_hat.shape == x.shape and torch.equal(vqvae.istft(u_hat, L), x_hat)
-    assert s.shape == (3, H * W) and model.encode(x).shape == (3, 64, H, W)
+    torch.manual_seed(1)
+    x_hat, u_hat, s, commitment = model(x)
+    torch.manual_seed(1)
+    z_q, *rest = twin.quantizer(twin.encoder(twin.stft(x)))
+    assert same((x_hat, u_hat, s, commitment), (*twin.decode(z_q), *rest))
+    assert z_q.shape == (3, 64, H, W) and s.shape == (3, H * W) and x_hat.shape == x.shape
     before = copy.deepcopy(model.eval().state_dict())
     x_hat, _, s, _ = model(10 * x)
     assert torch.equal(model.tokenize(10 * x), s)
@@ -256,6 +259,9 @@ def test_ssl_loss_and_gradient(name, B, n):
 def test_known_values_and_full_precision():
     Z = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 3 + 5  # C = I
     assert all(term.abs() < 1e-10 for term in ssl_losses.barlow_twins(Z, Z).values())
+    Z = torch.randn(16, 40).cumsum(1)  # no scale of a feature matters to correlations
+    a, b = (ssl_losses.decorrelation(v) for v in (Z, Z * torch.logspace(-2, 2, 40)))
+    assert torch.allclose(a, b, rtol=1e-4)
     # fp32 under autocast
     Z1, Z2 = torch.randn(2, 16, 64)
     layer, quantizer = ssl_losses.IterNorm(64), vqvae.VectorQuantizer(K=8, D=4)
@@ -306,6 +312,8 @@ def test_masked_share_and_loss_of_masked_tokens_only(schedule, share):
     assert is_masked.sum(1).min() >= 1 and is_masked.float().mean(0).std() < 0.01
     logits, s, is_masked = torch.randn(3, 10, 5), torch.randint(5, (3, 10)), is_masked[:3, :10]
     loss = maskgit.masked_cross_entropy(logits, s, is_masked)
+    other = logits + 100 * torch.randn_like(logits) * ~is_masked[..., None]
+    assert torch.equal(loss, maskgit.masked_cross_entropy(other, s, is_masked))
     assert torch.allclose(loss, F.cross_entropy(logits[is_masked], s[is_masked]))
 
 
@@ -481,6 +489,7 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     (TS.replace("@data\n", ""), "TRAIN.ts: no line '@data'"),
     (TS + "1,2,3:4,5:a\n", r"line 4: channels of lengths \[3, 2\]"),
     (TS + "1,2:3,4\n", "TRAIN.ts, line 4: '3,4' stands where the header announces a label"),
+    (TS.replace("data\n", "data "), "TRAIN.ts: no line '@data'"),
     ({"x_train": X.astype(object)}, "own.npz: not an .npz of plain arrays"),
     ({"x_test": X + [np.inf] * 10}, r"x_test\[0, 0\] is infinite"),
     ({"x_train": X.astype(int) + 2**60}, r"x_train\[0, 0\] is .* an integer of 2\^53 or more"),
@@ -517,6 +526,7 @@ def test_download(tmp_path, monkeypatch):
         monkeypatch.setattr(data, "MIRRORS", ())
         assert data.load("Own", tmp_path / kind).x_train.shape == (2, 1, 8)
         (tmp_path / kind / "Own" / "Own_TEST.txt").unlink()  # the other is not overwritten
+        monkeypatch.setattr(data, "MIRRORS", [f"{address}{kind}.zip"])
         with pytest.raises(data.Refused, match="Own_TRAIN.txt: there, but not both"):
             data.load("Own", tmp_path / kind)
 
@@ -524,6 +534,7 @@ def test_download(tmp_path, monkeypatch):
 def test_what_the_scripts_share(tmp_path):
     for done, rate in ((0, 0.04), (0.05, 0.52), (0.1, 1), (0.55, 0.5), (1, 0)):
         assert data.one_cycle(done) == pytest.approx(rate)
+    assert data.replayed(data.one_cycle, torch.device("cpu")) is data.one_cycle
     data.report(tmp_path, "stage1", {"mse": math.inf, "knn": 0.5})
     data.report(tmp_path, "stage2", {"nats": math.nan})
     assert figures(tmp_path) == {"stage1": {"mse": None, "knn": 0.5}, "stage2": {"nats": None}}
@@ -533,6 +544,10 @@ def test_what_the_scripts_share(tmp_path):
     with pytest.raises(TypeError):
         data.write(path, lambda file: file.write(b"half") and file.write("not bytes"))
     assert os.listdir(path.parent) == ["file"]
+    code = ("import data, os, pathlib, sys\nos.replace = lambda *names: os.kill(os.getpid(), 9)\n"
+            "data.write(pathlib.Path(sys.argv[1]), b'ne')")
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=HERE)
+    assert killed.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
 
 
 # ---- the two stages -----------------------------------------------------------------------------
@@ -704,6 +719,7 @@ def test_odd_data_through_all_scripts(case, tmp_path):
     run = train(path, tmp_path / "run", ("--codebook-size", 8, "--columns", 4), ("--epochs", 3))
     assert torch.load(run / "stage2.pt")["log"][-1]["step"] == steps
     script("sample", "--run", run, "--n", 8, "--evaluate", "--fcn-steps", 2)
+    assert {path.name for path in run.iterdir()} == FILES
     drawn, tensors = samples(run), weights(run / "stage1.pt")
     assert np.isfinite(drawn["x"]).all() and drawn["s"].shape == (8, 5 * 4)
     assert all(v.isfinite().all() for v in tensors) and (8, 64) in [v.shape for v in tensors]
@@ -809,7 +825,8 @@ def uninterrupted(small, tmp_path_factory):
     return train(small, tmp_path_factory.mktemp("uninterrupted"), LONG, LONG)
 
 
-@pytest.mark.parametrize("stage, how", [(1, signal.SIGTERM), (2, signal.SIGKILL)])
+@pytest.mark.parametrize("stage, how", [
+    (1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGINT)])
 def test_stopped_and_resumed_ends_bit_equal(stage, how, small, uninterrupted, tmp_path):
     name, flags = f"train_stage{stage}", ((*TINY1, "--dataset", small), TINY2)[stage - 1] + LONG
     shutil.copy(uninterrupted / "stage1.pt", tmp_path / ("unused", "stage1.pt")[stage - 1])
@@ -861,6 +878,7 @@ NOT_WHOLE = "run/stage2.pt: not a whole stage-2 checkpoint of these scripts"
     ("train_stage1 --proj-dim 100", 2, "--proj-dim 100 is not a multiple of 64", None),
     ("train_stage1 --lr nan", 2, "--lr: nan is not between 0 and 1", None),
     ("sample --run run --label 9", 2, "--label 9: the classes are 0, 1, 2", None),
+    ("sample --run run --label 1 --unconditional", 2, "not allowed with argument --label", None),
     ("sample --impute 20:10", 2, "--impute: 20:10: START must be below END", None),
     ("sample --run run --impute 20:33", 2, "which have 32 samples", None)])
 def test_bad_input(command, code, message, prepare, finished, tmp_path, monkeypatch, capsys):

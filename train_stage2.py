@@ -158,8 +158,9 @@ if __name__ == "__main__":
         began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
         for i in bar:
+            lr = args.lr * data.one_cycle(i / args.steps)
             for group in (*muon.param_groups, *adamw.param_groups):
-                group["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
+                group["lr"].fill_(lr)
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
             is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
             if is_due or (i + 1) % LOG_EVERY == 0:
