@@ -149,6 +149,24 @@ def read_table(path):
     return list(table[:, None, 1:]), labels
 
 
+def read_ts_row(line, has_labels, where):
+    """One series (C,l) and its class name, or None where rows have no label."""
+    *channels, label = line.split(":")
+    expected = "numbers with commas between them, then a colon and a label"
+    if has_labels and "," in label:
+        raise Refused(f"{where}: {label.strip()[:30]!r} stands where the header announces a label, "
+                      "after the last colon; add labels, without commas")
+    if not has_labels:
+        channels += [label] if label.strip() else []
+        expected = "numbers with commas between them, as the header has no '@classLabel true'"
+    rows = [to_floats(channel.split(","), f"{where}, channel {c}", expected)
+            for c, channel in enumerate(channels, 1)]
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) != 1:
+        raise Refused(f"{where}: channels of lengths {lengths}; expected equal ones, of {expected}")
+    return np.array(rows), class_name(label.strip(), where) if has_labels else None
+
+
 def read_ts(path):
     """UCR/UEA .ts: header, '@data', then rows `v1,v2,...:v1,v2,...:label`, a part for each channel.
 
@@ -172,22 +190,21 @@ def read_ts(path):
     return [x for x, _ in rows], [label for _, label in rows] if has_labels else None
 
 
-def read_ts_row(line, has_labels, where):
-    """One series (C,l) and its class name, or None where rows have no label."""
-    *channels, label = line.split(":")
-    expected = "numbers with commas between them, then a colon and a label"
-    if has_labels and "," in label:
-        raise Refused(f"{where}: {label.strip()[:30]!r} stands where the header announces a label, "
-                      "after the last colon; add labels, without commas")
-    if not has_labels:
-        channels += [label] if label.strip() else []
-        expected = "numbers with commas between them, as the header has no '@classLabel true'"
-    rows = [to_floats(channel.split(","), f"{where}, channel {c}", expected)
-            for c, channel in enumerate(channels, 1)]
-    lengths = [len(row) for row in rows]
-    if len(set(lengths)) != 1:
-        raise Refused(f"{where}: channels of lengths {lengths}; expected equal ones, of {expected}")
-    return np.array(rows), class_name(label.strip(), where) if has_labels else None
+def checked_array(x, where):
+    """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
+    if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
+        raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
+    values = x.astype(np.float64)
+    is_lost = np.isinf(values) | (abs(values) >= 2**53) & (x.dtype.kind in "iu")
+    if is_lost.any():
+        index = np.argwhere(is_lost)[0].tolist()
+        raise Refused(f"{where}{index} is infinite, or an integer of 2^53 or more, which float64 "
+                      "rounds; remove or replace it")
+    x = values[:, None] if x.ndim == 2 else values
+    if x.shape[1] > x.shape[2]:
+        print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
+              "is (N,L,C), save its swapaxes(1, 2)")
+    return x
 
 
 def read_npz(path):
@@ -216,23 +233,6 @@ def read_npz(path):
     return splits
 
 
-def checked_array(x, where):
-    """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
-    if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
-        raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
-    values = x.astype(np.float64)
-    is_lost = np.isinf(values) | (abs(values) >= 2**53) & (x.dtype.kind in "iu")
-    if is_lost.any():
-        index = np.argwhere(is_lost)[0].tolist()
-        raise Refused(f"{where}{index} is infinite, or an integer of 2^53 or more, which float64 "
-                      "rounds; remove or replace it")
-    x = values[:, None] if x.ndim == 2 else values
-    if x.shape[1] > x.shape[2]:
-        print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
-              "is (N,L,C), save its swapaxes(1, 2)")
-    return x
-
-
 def locate(name, folder):
     """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder (of a zip, also), or None."""
     for ending in (".tsv", ".txt", ".ts"):
@@ -240,6 +240,15 @@ def locate(name, folder):
             pair = [place / f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
             if all(path.is_file() for path in pair):
                 return pair
+
+
+def download(address):
+    """Bytes of an address, under a progress bar."""
+    with urllib.request.urlopen(address, timeout=30) as response:
+        size = response.headers["Content-Length"]
+        with tqdm.wrapattr(response, "read", total=size and int(size), desc=address) as body:
+            # of a download cut short the zip's directory is missing, which is at its end
+            return b"".join(iter(lambda: body.read(1 << 16), b""))
 
 
 def fetch(name, folder):
@@ -269,15 +278,6 @@ def fetch(name, folder):
     )
 
 
-def download(address):
-    """Bytes of an address, under a progress bar."""
-    with urllib.request.urlopen(address, timeout=30) as response:
-        size = response.headers["Content-Length"]
-        with tqdm.wrapattr(response, "read", total=size and int(size), desc=address) as body:
-            # of a download cut short the zip's directory is missing, which is at its end
-            return b"".join(iter(lambda: body.read(1 << 16), b""))
-
-
 # ---- from files to tensors ----------------------------------------------------------------------
 
 
@@ -296,7 +296,7 @@ def to_array(series, where, C, L):
                           f"them with values, expected {C} as in the first of train; remove or "
                           "complete it")
         own_t = np.linspace(0, 1, one.shape[1])
-        x[i] = [np.interp(t, own_t[ok], row[ok]) for row, ok in zip(one, present)]
+        x[i] = [np.interp(t, own_t[known], row[known]) for row, known in zip(one, present)]
     n_stretched = sum(one.shape[1] != L for one in series)
     n_filled = sum(bool(np.isnan(one).any()) for one in series)
     if n_stretched or n_filled:
@@ -648,10 +648,10 @@ def rebuild(kind, state, device):
     done, steps = state["log"][-1]["step"], state["flags"]["steps"]
     if done < steps:
         print(f"stage {state['stage']} has done {done} of {steps} steps; --resume finishes it")
+    model = kind(**state["arguments"]).to(device)
     try:
-        model = kind(**state["arguments"]).to(device)
         model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError) as error:  # names the weights, or the argument
+    except RuntimeError as error:  # names the weights
         raise Refused(f"train stage {state['stage']} anew: {error}") from error
     return model.eval().requires_grad_(False)
 

@@ -37,7 +37,7 @@ def lowest(score, n):
 def mask_tokens(s, schedule="cosine"):
     """is_masked (B,N) for training: ceil(gamma(r) N) >= 1 random entries a row, r ~ U(0,1)."""
     B, N = s.shape
-    # fix: two public code bases keep this share and mask the rest
+    # fix: public code keeps this share and masks the rest
     n_masked = (SCHEDULES[schedule](torch.rand(B, 1, device=s.device)) * N).ceil().clamp_min(1)
     return lowest(torch.rand(B, N, device=s.device), n_masked)
 
@@ -137,7 +137,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
         drawn = draw(log_p, temperature)
         score = log_p_of(drawn, log_p)
         score = score + choice_temperature * (1 - t / n_steps) * gumbel_like(score)
-        # float64, as fp32 rounds some counts down by one
+        # floor, as MaskGIT's code (its paper: ceil); float64, as fp32 rounds some counts down by 1
         gamma = SCHEDULES["cosine"](torch.tensor(t / n_steps, dtype=torch.float64))
         n_left = (gamma * n).floor().minimum(is_masked.sum(1, keepdim=True) - 1)
         is_left = lowest(score.where(is_masked, math.inf), n_left)
@@ -146,20 +146,21 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
 
 
 @torch.no_grad()
-def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, noise=0.5, temperature=1.0):
+def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=1.0,
+           choice_temperature=0.5):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
     A round masks a share of the entries, which falls linearly over the rounds, and draws them anew:
-    those of the lowest margin plus noise times Gumbel noise. The margin is the log-probability of
-    the token plus the entropy of its distribution, below 0 where it is less likely than the tokens
-    there are on average; so what is uncertain anyway is not singled out, which would cost variety.
-    Margins come from the pass of the round before, in which an entry that was not masked sees
-    itself, too; the first round has none.
+    those of the lowest margin plus Gumbel noise times choice_temperature. The margin is the token's
+    log-probability plus the entropy of its distribution, below 0 where it is less likely than the
+    tokens there are on average; so what is uncertain anyway is not singled out, which would cost
+    variety. Margins come from the pass of the round before, in which an entry that was not masked
+    sees itself, too; the first round has none.
     """
     # addition: MaskGIT never looks back; .06 more of the series are well-formed (--rounds 0)
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
     for i in range(n_rounds):
-        score = (margin + noise * gumbel_like(margin)).where(~is_given, math.inf)
+        score = (margin + choice_temperature * gumbel_like(margin)).where(~is_given, math.inf)
         is_masked = lowest(score, (share * (1 - i / n_rounds) * n).round())
         log_p = logits_fn(s.masked_fill(is_masked, mask_id)).log_softmax(-1)
         s = s.where(~is_masked, draw(log_p, temperature))

@@ -28,7 +28,16 @@ from maskgit import MaskGIT, decode, guided, revise
 from vqvae import VQVAE
 
 
+def stretch(text):
+    """argparse type of START:END."""
+    start, end = (int(part) for part in text.split(":"))
+    if not 0 <= start < end:
+        raise argparse.ArgumentTypeError(f"{text}: START must be below END, and neither negative")
+    return start, end
+
+
 def flags():
+    """The command line, one hyperparameter a line."""
     parser = argparse.ArgumentParser(description="Generate series from a trained run.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("what to draw")
@@ -58,14 +67,6 @@ def flags():
     return data.run_flags(parser, trains=False)
 
 
-def stretch(text):
-    """argparse type of START:END."""
-    start, end = (int(part) for part in text.split(":"))
-    if not 0 <= start < end:
-        raise argparse.ArgumentTypeError(f"{text}: START must be below END, and neither negative")
-    return start, end
-
-
 def uniform(K, s_M, y=None):
     """Logits (B,N,K) of the prior of thesis section 0: every code alike."""
     return torch.zeros(*s_M.shape, K, device=s_M.device)
@@ -79,13 +80,14 @@ def generate(prior, K, y, s_M, steps, temperature, guidance, rounds):
         canvas, labels = s_M[i : i + size], None if y is None else y[i : i + size]
         logits_fn = guided(prior, labels, guidance)
         s = decode(logits_fn, canvas, K, steps, temperature)
-        parts.append(revise(logits_fn, s, canvas != K, K, rounds, temperature=temperature))
+        s = revise(logits_fn, s, canvas != K, K, rounds, temperature=temperature)  # addition
+        parts.append(s)
     return torch.cat(parts)
 
 
 def to_series(vqvae, s, noise):
     """s (B,N) -> x^ plus noise times the data's own white noise, (B,C,L)."""
-    return data.in_batches(lambda s: vqvae.detokenize(s) + noise * vqvae.noise(s), s)
+    return data.in_batches(lambda s: vqvae.detokenize(s) + noise * vqvae.noise(s), s)  # addition
 
 
 def train_fcn(x, y, n_classes, n_steps, name):
@@ -100,13 +102,13 @@ def train_fcn(x, y, n_classes, n_steps, name):
     layers += [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, n_classes)]
     fcn = nn.Sequential(*layers).to(x.device)
     optimizer = torch.optim.AdamW(fcn.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in tqdm(range(n_steps), desc=f"classifier on {name}", leave=False):
         rows = torch.randint(len(x), (min(64, len(x)),), device=x.device)
         optimizer.zero_grad()
         F.cross_entropy(fcn(x[rows]), y[rows]).backward()
         optimizer.step()
-        schedule.step()
+        annealing.step()
     return fcn.eval()
 
 
@@ -121,8 +123,8 @@ def frechet_distance(a, b):
     a, b = a.double(), b.double()
     R_a, R_b = (torch.linalg.qr(v - v.mean(0), mode="r").R / (len(v) - 1) ** 0.5 for v in (a, b))
     cross = torch.linalg.matrix_norm(R_a @ R_b.T, "nuc")
-    shift = a.mean(0) - b.mean(0)
-    return (shift.square().sum() + R_a.square().sum() + R_b.square().sum() - 2 * cross).item()
+    between = a.mean(0) - b.mean(0)
+    return (between.square().sum() + R_a.square().sum() + R_b.square().sum() - 2 * cross).item()
 
 
 def inception_score(logits):
@@ -168,27 +170,30 @@ def fit_two_steps(x):
     Returns (n,6): whether x is well-formed (at most 6 samples off by over half a level, at most 3
     of them inside a pattern), its class 0..3, and start, first length, gap, second length.
     """
-    T, l = torch.tensor([(t, l) for l in range(16, 33) for t in range(129 - l)], device=x.device).T
-    middle, end = T + (l + 1) // 2, T + l
+    pairs = [(start, length) for length in range(16, 33) for start in range(129 - length)]
+    start, length = torch.tensor(pairs, device=x.device).T
+    middle, end = start + (length + 1) // 2, start + length
     level = x.abs().topk(24, 1).values.median(1, keepdim=True).values
     total = F.pad(x.cumsum(1), (1, 0))
-    fall = 2 * total[:, middle] - total[:, T] - total[:, end]  # of first half over second
-    cost = l * level**2 - 2 * level * fall.abs()  # against a background of zero
+    fall = 2 * total[:, middle] - total[:, start] - total[:, end]  # of first half over second
+    cost = length * level**2 - 2 * level * fall.abs()  # against a background of zero
     until = torch.full_like(total, math.inf).scatter_reduce(1, end.expand_as(cost), cost, "amin")
-    since = torch.full_like(total, math.inf).scatter_reduce(1, T.expand_as(cost), cost, "amin")
+    since = torch.full_like(total, math.inf).scatter_reduce(1, start.expand_as(cost), cost, "amin")
     cut = until.cummin(1).values + since.flip(1).cummin(1).values.flip(1)
     cut = cut.argmin(1, keepdim=True)
     best = torch.stack([cost.where(end <= cut, math.inf).argmin(1),
-                        cost.where(T >= cut, math.inf).argmin(1)])[..., None]  # (2,n,1)
+                        cost.where(start >= cut, math.inf).argmin(1)])[..., None]  # (2,n,1)
     fall = fall.expand(2, -1, -1).gather(2, best)
     t = torch.arange(128, device=x.device)
     shape = fall.sign() * torch.where(t < middle[best], level, -level)  # (2,n,128)
-    shape = shape.where((t >= T[best]) & (t < end[best]), 0).sum(0)  # one ends before two begins
+    is_inside = (t >= start[best]) & (t < end[best])  # one pattern ends before two begins
+    shape = shape.where(is_inside, 0).sum(0)
     is_off = ~((x - shape).abs() < 0.5 * level)  # NaN is off, too
-    ok = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
+    is_well_formed = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
     is_up, (one, two) = fall[..., 0] < 0, best[..., 0]
     label = is_up[0] + 2 * is_up[1]
-    return torch.stack([ok, label, T[one], l[one], T[two] - end[one], l[two]], 1)
+    gap = start[two] - end[one]
+    return torch.stack([is_well_formed, label, start[one], length[one], gap, length[two]], 1)
 
 
 def ks_distance(a, b):
@@ -202,8 +207,8 @@ def two_patterns_scores(x_rec, y_rec, x, y):
     """Shares of series well-formed and of their class; KS distances of their parameters."""
     figures, parameters = {}, []
     for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
-        ok, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
-        is_good = (ok == 1) & (label == labels)
+        is_well_formed, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
+        is_good = (is_well_formed == 1) & (label == labels)
         figures[f"well_formed_{name}"] = is_good.float().mean().item()
         parameters.append([values[is_good] for values in fitted])
     for name, a, b in zip(("start", "first_length", "gap", "second_length"), *parameters):

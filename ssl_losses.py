@@ -27,13 +27,14 @@ import torch.nn as nn
 def full_precision(function):
     """Decorator: the function, or method, runs outside autocast and sees no half precision."""
     @functools.wraps(function)
-    def outside_autocast(*inputs):
+    def outside_autocast(*inputs, **named):
         halves = torch.float16, torch.bfloat16
         inputs = [v.float() if getattr(v, "dtype", None) in halves else v for v in inputs]
-        device = inputs[-1].device.type
+        named = {name: v.float() if v.dtype in halves else v for name, v in named.items()}
+        device = [*inputs, *named.values()][-1].device.type
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device if has_autocast else "cpu", enabled=False):
-            return function(*inputs)
+            return function(*inputs, **named)
 
     return outside_autocast
 

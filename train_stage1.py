@@ -110,7 +110,8 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     # follow-up: Y pools z_q (straight-through: the loss moves z, and the codes follow) and Y' pools
     # z', where the text has both alike; the mean alone, without the follow-up's maximum beside it
     Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
-    ssl_terms = ssl(project(Y), project(Y_view))
+    Z, Z_view = project(Y), project(Y_view)
+    ssl_terms = ssl(Z, Z_view)
 
     terms |= {"view_mse_x": view_mse_x, "view_mse_u": view_mse_u} | ssl_terms
     loss = (mse_x + mse_u + commitment + VIEW_WEIGHT * (view_mse_x + view_mse_u)
@@ -228,6 +229,7 @@ if __name__ == "__main__":
                 views=args.views, token_noise=args.token_noise)
             optimizer.zero_grad()
             loss.backward()
+            terms["loss"] = loss
             terms["gradient_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             terms["perplexity"] = perplexity(F.one_hot(s, args.codebook_size).sum((0, 1)))
@@ -243,14 +245,15 @@ if __name__ == "__main__":
             is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
             if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
                 data.record(sums, log, i + 1, run / "stage1.jsonl")
-                bar.set_postfix(mse=f"{log[-1]['mse_x']:.3f}")
+                bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due and not is_last:
                 data.save(run / "stage1.pt", parts, constants, log, args)
         seconds = time.perf_counter() - began
 
         model.eval()
-        # what sample.py --noise adds; on shifted series, as x^ of one known by heart has its noise
+        # addition, what sample.py --noise adds; on shifted series, as x^ of one that is known by
+        # heart has its noise
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))

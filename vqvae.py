@@ -94,23 +94,6 @@ class VectorQuantizer(nn.Module):
             cross = z @ self.codebook.T
             return z.square().sum(-1, keepdim=True) - 2 * cross + self.codebook.square().sum(-1)
 
-    def forward(self, z):
-        """z (B,D,H',W') -> z_q of the same shape, s (B,N), commitment loss (scalar).
-
-        The gradient of z_q passes to z unchanged (straight-through); codes get none, they follow
-        the averages. The commitment loss ||z - sg(z_q)||^2 is averaged over all entries.
-        """
-        z = z.float()
-        latents = rearrange(z.detach(), "b d h w -> (b h w) d")
-        if self.training:
-            self.revive(latents)
-        s = self.distances(z.detach()).argmin(-1)
-        z_q = self.lookup(s, z.shape[-2:])
-        commitment = F.mse_loss(z, z_q)
-        if self.training:
-            self.update(latents, s.flatten())
-        return z + (z_q - z).detach(), s, commitment
-
     def lookup(self, s, grid):
         """Code vectors of tokens: s (B,N), grid (H',W') -> z_q (B,D,H',W')."""
         return rearrange(self.codebook[s], "b (h w) d -> b d h w", h=grid[0])
@@ -135,6 +118,23 @@ class VectorQuantizer(nn.Module):
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.codebook.copy_(self.sums / self.counts[:, None])
+
+    def forward(self, z):
+        """z (B,D,H',W') -> z_q of the same shape, s (B,N), commitment loss (scalar).
+
+        The gradient of z_q passes to z unchanged (straight-through); codes get none, they follow
+        the averages. The commitment loss ||z - sg(z_q)||^2 is averaged over all entries.
+        """
+        z = z.float()
+        latents = rearrange(z.detach(), "b d h w -> (b h w) d")
+        if self.training:
+            self.revive(latents)
+        s = self.distances(z.detach()).argmin(-1)
+        z_q = self.lookup(s, z.shape[-2:])
+        commitment = F.mse_loss(z, z_q)
+        if self.training:
+            self.update(latents, s.flatten())
+        return z + (z_q - z).detach(), s, commitment
 
 
 def perplexity(counts):
@@ -175,12 +175,6 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(*(ResidualBlock(D) for _ in range(n_blocks)), *up)
         self.register_buffer("noise_floor", torch.zeros(C, H, K))
 
-    def forward(self, x):
-        """x (B,C,L) -> x^ (B,C,L), u^ (B,2C,H,W), s (B,N), commitment loss: the autoencoder."""
-        z_q, s, commitment = self.quantizer(self.encode(x))
-        x_hat, u_hat = self.decode(z_q)
-        return x_hat, u_hat, s, commitment
-
     def stft(self, x):
         """x (B,C,L) -> u (B,2C,H,W) with this model's window."""
         return stft(x, self.n_fft, self.hop)
@@ -193,6 +187,12 @@ class VQVAE(nn.Module):
         """z_q or z (B,D,H',W') -> x^ (B,C,L), u^ (B,2C,H,W)."""
         u_hat = self.decoder(z_q)
         return istft(u_hat, self.L, self.n_fft, self.hop), u_hat
+
+    def forward(self, x):
+        """x (B,C,L) -> x^ (B,C,L), u^ (B,2C,H,W), s (B,N), commitment loss: the autoencoder."""
+        z_q, s, commitment = self.quantizer(self.encode(x))
+        x_hat, u_hat = self.decode(z_q)
+        return x_hat, u_hat, s, commitment
 
     def tokenize(self, x):
         """x (B,C,L) -> s (B,N), row by row over the grid. Call in eval mode."""
