@@ -27,6 +27,11 @@ SCHEDULES = {
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
 }
+# for speed: the layers compute in bfloat16 on CPUs that have it (False: fp32), and there without
+# flash attention, whose backward pass is slow in it
+HAS_BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+ATTENTION += [] if HAS_BF16 else [SDPBackend.FLASH_ATTENTION]
 
 
 def lowest(score, n):
@@ -80,12 +85,7 @@ class MaskGIT(nn.Module):
             is_hidden = torch.rand(len(y), device=y.device) < self.label_dropout
             y = y.masked_fill(is_hidden, self.no_class)
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
-        # for speed: bfloat16 on CPUs that have it, without flash attention, whose backward pass is
-        # slow in it
-        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        attention = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-        attention += [] if has_bf16 else [SDPBackend.FLASH_ATTENTION]
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16), sdpa_kernel(attention):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BF16), sdpa_kernel(ATTENTION):
             h = self.norm(self.layers(h + self.positions))[:, 1:]
         return h.float() @ self.tokens.weight[:-1].T + self.bias
 

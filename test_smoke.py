@@ -365,8 +365,9 @@ def test_guidance_labels_and_priors_that_are_sure_or_know_nothing(monkeypatch):
     for scale in (0.0, 1.0, 2.0):
         expected = l_null + scale * (l_class - l_null)
         assert torch.allclose(maskgit.guided(prior, y, scale)(s_M), expected, atol=1e-5)
-    for has_bf16 in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    for has_bf16, attention in ((False, maskgit.ATTENTION), (True, maskgit.ATTENTION[:2])):
+        monkeypatch.setattr(maskgit, "HAS_BF16", has_bf16)
+        monkeypatch.setattr(maskgit, "ATTENTION", attention)
         assert torch.allclose(prior(s_M, y), l_class, rtol=0.02, atol=0.002)
     s, s_M, logits = torch.randint(K, (3, 20)), torch.full((3, 20), K), torch.randn(3, 20, K)
     assert torch.equal(maskgit.decode(sure_of(s), s_M, K), s)
