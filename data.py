@@ -575,7 +575,7 @@ def record(sums, log, step, path):
     write(path, "".join(json.dumps(one) + "\n" for one in log).encode())
 
 
-def save(path, parts, constants, log, args):
+def save(path, parts, constants, log, flags):
     """Write a checkpoint of plain types, all that `restore` and `rebuild` need.
 
     parts: {name: module or optimizer}, kept by their state. constants: the stage, and the like.
@@ -583,7 +583,7 @@ def save(path, parts, constants, log, args):
     here_only = ("run", "resume", "device", "eager")
     checkpoint = {name: part.state_dict() for name, part in parts.items()} | constants
     checkpoint |= {"log": log, "rng": torch.get_rng_state(),
-                   "flags": {k: v for k, v in vars(args).items() if k not in here_only}}
+                   "flags": {k: v for k, v in flags.items() if k not in here_only}}
     if torch.cuda.is_initialized():
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
     write(path, lambda file: torch.save(checkpoint, file))

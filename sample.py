@@ -328,7 +328,7 @@ if __name__ == "__main__":
         names = np.array(classes)[y.tolist()] if y is not None else np.full(args.n, "")
         data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
         draw_samples(run, x, y, classes, d)
-        figures = {"drawing_seconds": seconds}
+        figures = {"n": args.n, "drawing_seconds": seconds}
         if d:
             figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).name)
         data.report(run, "samples", figures)

@@ -248,7 +248,7 @@ if __name__ == "__main__":
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due and not is_last:
-                data.save(run / "stage1.pt", parts, constants, log, args)
+                data.save(run / "stage1.pt", parts, constants, log, vars(args))
         seconds = time.perf_counter() - began
 
         model.eval()
@@ -257,7 +257,7 @@ if __name__ == "__main__":
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))
-        data.save(run / "stage1.pt", parts, constants, log, args)
+        data.save(run / "stage1.pt", parts, constants, log, vars(args))
         draw_reconstructions(run, model, d)
         figures = evaluate(model, d)
         if first == 0:

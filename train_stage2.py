@@ -168,7 +168,7 @@ if __name__ == "__main__":
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due:
-                data.save(run / "stage2.pt", parts, constants, log, args)
+                data.save(run / "stage2.pt", parts, constants, log, vars(args))
         seconds = time.perf_counter() - began
 
         prior.eval()
