@@ -583,12 +583,16 @@ def test_the_loss_is_the_formula(name, views):
     model = vqvae.VQVAE(32, K=8).to(memory_format=torch.channels_last)  # as the script has it
     project = ssl_losses.projector(64, 64, iternorm=name == "vbcreg")
     twins, x = copy.deepcopy((model, project)), torch.randn(16, 1, 32)
+    encoder = copy.deepcopy(model.encoder)
+    encoder(model.stft(x))
     torch.manual_seed(1)
     loss, _, s = train_stage1.stage1_loss(model, project, x, SSL[name], 0.3, data.AUGMENTATIONS,
                                           views, token_noise=0.0)
     torch.manual_seed(1)
     expected = loss_by_hand(*twins, x, SSL[name], views)
     assert torch.equal(loss, expected) and s.shape == (16, 40)
+    averages_x_alone = name == "none" or views == 2
+    assert same([*model.encoder.buffers()], [*encoder.buffers()]) == averages_x_alone
     (loss + expected).backward()
     for part, twin in zip((model, project) if SSL[name] else (model,), twins):
         for p, q in zip(part.parameters(), twin.parameters()):  # the gradient reaches all

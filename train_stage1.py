@@ -12,6 +12,7 @@ Notation as in vqvae.py and ssl_losses.py.
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,16 +98,20 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
         return mse_x + mse_u + commitment, terms, s
 
     # x' -> u' -> z' -> u'^, x'^; batch norm sees one view at a time and averages over both
+    encoder = model.encoder
+    if views == 2:  # but over x alone where no loss holds z and z' together: x is what is tokenized
+        averages = {name: v.clone() for name, v in encoder.named_buffers()}  # a copy, thrown away
+        encoder = partial(torch.func.functional_call, encoder, averages)
     x_view = data.augment(x, augmentations)
     u_view = model.stft(x_view)
-    z_view = model.encoder(u_view)
+    z_view = encoder(u_view)
     x_view_hat, u_view_hat = model.decode(z_view)
     view_mse_x, view_mse_u = F.mse_loss(x_view_hat, x_view), F.mse_loss(u_view_hat, u_view)
 
     # z_q -> Y -> Z and z' -> Y' -> Z'
     z_q_ssl = z_q  # follow-up: one view is x itself
     if views == 2:  # thesis: x'', distorted too; it also moves the codes, but without commitment
-        z_q_ssl, _, _ = model.quantizer(model.encode(data.augment(x, augmentations)))
+        z_q_ssl, _, _ = model.quantizer(encoder(model.stft(data.augment(x, augmentations))))
     # follow-up: Y pools z_q (straight-through: the loss moves z, and the codes follow) and Y' pools
     # z', where the text has both alike; the mean alone, without the follow-up's maximum beside it
     Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
