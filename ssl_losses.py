@@ -19,6 +19,7 @@ Notation: B batch, D latent width, F projector width; Y pooled representation (B
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn as nn
@@ -26,15 +27,17 @@ import torch.nn as nn
 
 def full_precision(function):
     """Decorator: the function, or method, runs outside autocast and sees no half precision."""
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def outside_autocast(*inputs, **named):
+        inputs = signature.bind(*inputs, **named).args  # in order, also those given by name
         halves = torch.float16, torch.bfloat16
         inputs = [v.float() if getattr(v, "dtype", None) in halves else v for v in inputs]
-        named = {name: v.float() if v.dtype in halves else v for name, v in named.items()}
-        device = [*inputs, *named.values()][-1].device.type
+        device = inputs[-1].device.type
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device if has_autocast else "cpu", enabled=False):
-            return function(*inputs, **named)
+            return function(*inputs)
 
     return outside_autocast
 

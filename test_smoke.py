@@ -136,7 +136,7 @@ def test_stft_round_trip():
         u = vqvae.stft(x)
         assert u.shape == (2, 6, 5, L // 2 + 1)
         assert torch.allclose(vqvae.istft(u, L), x, atol=1e-5), L
-    u, window = torch.randn(2, 2, 9, 38), torch.hann_window(16)  # of no series
+    u, window = torch.randn(2, 2, 9, 40), torch.hann_window(16)  # of no series
     real, imaginary = u.unbind(1)
     x = torch.istft(torch.complex(real, imaginary), 16, 4, window=window, length=150)
     assert torch.allclose(vqvae.istft(u, 150, n_fft=16, hop=4)[:, 0], x, atol=1e-6)

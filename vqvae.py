@@ -44,8 +44,9 @@ def istft(u, length, n_fft=8, hop=2):
     def overlap_add(frames):
         """(rows,n_fft,W) -> (rows,length), without the border that stft has reflected."""
         image = frames.flatten(0, 1)  # rows as channels of one, which a GPU folds in one kernel
-        border = (0, n_fft // 2)
-        return F.fold(image, (1, length), (1, n_fft), padding=border, stride=(1, hop))[:, 0]
+        whole = (1, (frames.shape[2] - 1) * hop + n_fft)
+        x = F.fold(image, whole, (1, n_fft), stride=(1, hop))[:, 0]
+        return x[:, n_fft // 2 :][:, :length]
 
     x = overlap_add(frames) / overlap_add(window.square().expand_as(frames[:1]))
     return rearrange(x, "(b c) l -> b c l", b=len(u))
