@@ -18,28 +18,19 @@ Notation: B batch, D latent width, F projector width; Y pooled representation (B
 (B,F), C correlation or covariance matrix of features (F,F).
 """
 
-import functools
-import inspect
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 
 
-def full_precision(function):
-    """Decorator: the function, or method, runs outside autocast and sees no half precision."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def outside_autocast(*inputs, **named):
-        inputs = signature.bind(*inputs, **named).args  # in order, also those given by name
-        halves = torch.float16, torch.bfloat16
-        inputs = [v.float() if getattr(v, "dtype", None) in halves else v for v in inputs]
-        device = inputs[-1].device.type
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device if has_autocast else "cpu", enabled=False):
-            return function(*inputs)
-
-    return outside_autocast
+@contextmanager
+def full_precision(*inputs):
+    """A block outside autocast, and for it the inputs, none of them in half precision."""
+    device = inputs[0].device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    with torch.autocast(device if has_autocast else "cpu", enabled=False):
+        yield [v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in inputs]
 
 
 def off_diagonal_squares(U, V):
@@ -54,7 +45,6 @@ def off_diagonal_squares(U, V):
     return ((U @ U.T) * (V @ V.T)).sum() - (U * V).sum(0).square().sum()
 
 
-@full_precision
 def barlow_twins(Z1, Z2):
     """Barlow Twins (thesis 0.3.1): (sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2) / F.
 
@@ -62,13 +52,14 @@ def barlow_twins(Z1, Z2):
     that identical views give C_ii = 1; lambda is 0.005.
     """
     B, F = Z1.shape
-    Z1, Z2 = ((Z - Z.mean(0)) / Z.std(0, correction=0).clamp_min(1e-5) for Z in (Z1, Z2))
-    C_ii = (Z1 * Z2).mean(0)
-    # follow-up: divided by F, which the paper does not do
-    return {
-        "invariance": (1 - C_ii).square().sum() / F,
-        "redundancy": 0.005 * off_diagonal_squares(Z1, Z2) / B**2 / F,
-    }
+    with full_precision(Z1, Z2) as (Z1, Z2):
+        Z1, Z2 = ((Z - Z.mean(0)) / Z.std(0, correction=0).clamp_min(1e-5) for Z in (Z1, Z2))
+        C_ii = (Z1 * Z2).mean(0)
+        # follow-up: divided by F, which the paper does not do
+        return {
+            "invariance": (1 - C_ii).square().sum() / F,
+            "redundancy": 0.005 * off_diagonal_squares(Z1, Z2) / B**2 / F,
+        }
 
 
 def similarity(Z1, Z2):
@@ -88,19 +79,19 @@ def expressiveness(Z, gamma=1.0, eps=1e-4):
     return torch.relu(gamma - (Z.var(0) + eps).sqrt()).mean()
 
 
-@full_precision
 def vicreg(Z1, Z2):
     """VICReg: 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + c(Z1) + c(Z2), the weights of its paper.
 
     c(Z) = sum_{i != j} C_ij^2 / F with the covariance C = (Z - Zbar)^T (Z - Zbar) / (B - 1).
     """
     B, F = Z1.shape
-    centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
-    return {
-        "similarity": 25 * similarity(Z1, Z2),
-        "variance": 25 * (expressiveness(Z1) + expressiveness(Z2)),
-        "covariance": sum(off_diagonal_squares(U, U) / F for U in centred),
-    }
+    with full_precision(Z1, Z2) as (Z1, Z2):
+        centred = [(Z - Z.mean(0)) / (B - 1) ** 0.5 for Z in (Z1, Z2)]
+        return {
+            "similarity": 25 * similarity(Z1, Z2),
+            "variance": 25 * (expressiveness(Z1) + expressiveness(Z2)),
+            "covariance": sum(off_diagonal_squares(U, U) / F for U in centred),
+        }
 
 
 def decorrelation(Z):
@@ -115,15 +106,14 @@ def decorrelation(Z):
     return off_diagonal_squares(U, U) / Z.shape[1] ** 2
 
 
-@full_precision
 def vbcreg(Z1, Z2):
     """VbCReg (thesis 0.3.2): 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + 100 (FD(Z1) + FD(Z2))."""
-    # follow-up: the weights
-    return {
-        "similarity": 25 * similarity(Z1, Z2),
-        "expressiveness": 25 * (expressiveness(Z1) + expressiveness(Z2)),
-        "decorrelation": 100 * (decorrelation(Z1) + decorrelation(Z2)),
-    }
+    with full_precision(Z1, Z2) as (Z1, Z2):  # follow-up: the weights
+        return {
+            "similarity": 25 * similarity(Z1, Z2),
+            "expressiveness": 25 * (expressiveness(Z1) + expressiveness(Z2)),
+            "decorrelation": 100 * (decorrelation(Z1) + decorrelation(Z2)),
+        }
 
 
 class IterNorm(nn.Module):
@@ -158,17 +148,16 @@ class IterNorm(nn.Module):
             P = torch.baddbmm(P, P @ P @ P, S, beta=1.5, alpha=-0.5)  # (3 P - P^3 S) / 2
         return P / trace.sqrt()
 
-    @full_precision
     def forward(self, Z):
-        groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
-        mean, P = self.running_mean, self.running_whitening
-        if self.training:
-            mean = groups.mean(-1, keepdim=True)
-            P = self.whitening(groups - mean)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_whitening.lerp_(P, self.momentum)
-        return (P @ (groups - mean)).reshape(-1, len(Z)).T * self.weight + self.bias
+        with full_precision(Z) as (Z,):
+            groups = Z.T.reshape(*self.running_mean.shape[:2], len(Z))  # (G,d,B)
+            mean, P = self.running_mean, self.running_whitening
+            if self.training:
+                mean = groups.mean(-1, keepdim=True)
+                P = self.whitening(groups - mean)
+                self.running_mean.lerp_(mean.detach(), self.momentum)
+                self.running_whitening.lerp_(P.detach(), self.momentum)
+            return (P @ (groups - mean)).reshape(-1, len(Z)).T * self.weight + self.bias
 
 
 def projector(D, F=1024, iternorm=False):
