@@ -152,8 +152,8 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
 
     A round masks a share of the entries, which falls linearly over the rounds, and draws them anew:
     those of the lowest margin plus Gumbel noise times choice_temperature. The margin is the token's
-    log-probability plus the entropy of its distribution, below 0 where it is less likely than the
-    tokens there are on average; so what is uncertain anyway is not singled out, which would cost
+    log-probability plus the entropy of its distribution, below 0 where the token is less likely
+    than a draw is on average; so what is uncertain anyway is not singled out, which would cost
     variety. Margins come from the pass of the round before, in which an entry that was not masked
     sees itself, too; the first round has none.
     """

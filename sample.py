@@ -43,7 +43,7 @@ def flags():
     group = parser.add_argument_group("what to draw")
     add, what = group.add_argument, group.add_mutually_exclusive_group()
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series")
-    what.add_argument("--label", metavar="CLASS", help="this class alone, not as in training")
+    what.add_argument("--label", metavar="CLASS", help="this class alone (None: as in training)")
     what.add_argument("--unconditional", action="store_true", help="without a class")
     what.add_argument("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
@@ -262,7 +262,7 @@ def impute(run, vqvae, prior, d, args):
     start, end = args.impute
     x = d.x_test[: args.n]
     # tokens beside the stretch see into it: a straight line stands there instead of the truth
-    left, right = start - 1 if start else end, end if end < vqvae.L else start - 1
+    left, right = (start - 1 if start else end), (end if end < vqvae.L else start - 1)
     line = torch.linspace(0, 1, end - start + 2, device=x.device)[1:-1]
     hidden = x.clone()
     hidden[..., start:end] = torch.lerp(x[..., left, None], x[..., right, None], line)

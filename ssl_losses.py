@@ -108,7 +108,7 @@ def decorrelation(Z):
 
 def vbcreg(Z1, Z2):
     """VbCReg (thesis 0.3.2): 25 s(Z1,Z2) + 25 (v(Z1) + v(Z2)) + 100 (FD(Z1) + FD(Z2))."""
-    with full_precision(Z1, Z2) as (Z1, Z2):  # follow-up: the weights
+    with full_precision(Z1, Z2) as (Z1, Z2):  # follow-up: the weights 25, 25, 100
         return {
             "similarity": 25 * similarity(Z1, Z2),
             "expressiveness": 25 * (expressiveness(Z1) + expressiveness(Z2)),

@@ -97,10 +97,10 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     if ssl is None:
         return mse_x + mse_u + commitment, terms, s
 
-    # x' -> u' -> z' -> u'^, x'^; batch norm sees one view at a time and averages over both
-    encoder = model.encoder
-    if views == 2:  # but over x alone where no loss holds z and z' together: x is what is tokenized
-        averages = {name: v.clone() for name, v in encoder.named_buffers()}  # a copy, thrown away
+    # x' -> u' -> z' -> u'^, x'^; batch norm normalises each view by itself
+    encoder = model.encoder  # its running averages take in both, as the loss ties z' to z_q
+    if views == 2:  # which it does not here: they are of x alone, and the views move a copy
+        averages = {name: v.clone() for name, v in encoder.named_buffers()}
         encoder = partial(torch.func.functional_call, encoder, averages)
     x_view = data.augment(x, augmentations)
     u_view = model.stft(x_view)
@@ -114,7 +114,7 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
         z_q_ssl, _, _ = model.quantizer(encoder(model.stft(data.augment(x, augmentations))))
     # follow-up: Y pools z_q (straight-through: the loss moves z, and the codes follow) and Y' pools
     # z', where the text has both alike: both of z, the probe of the tokens is .72 instead of 1.00;
-    # the mean alone, without the follow-up's maximum beside it
+    # ours: the mean alone, where the follow-up adds the maximum
     Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
     Z, Z_view = project(Y), project(Y_view)
     ssl_terms = ssl(Z, Z_view)
@@ -213,7 +213,7 @@ if __name__ == "__main__":
             D = model.quantizer.codebook.shape[1]
             project = projector(D, args.proj_dim, iternorm=args.ssl == "vbcreg").to(device)
         weights = [*model.parameters(), *project.parameters()]
-        optimizer = torch.optim.AdamW(  # its rate is a tensor, as a replayed step reads it anew
+        optimizer = torch.optim.AdamW(  # its rate is a tensor, which a CUDA graph reads anew
             weights, torch.tensor(args.lr, device=device), betas=(0.9, 0.95), weight_decay=0.1,
             fused=True, capturable=device.type == "cuda")
         parts = dict(model=model, project=project, optimizer=optimizer)
@@ -241,7 +241,7 @@ if __name__ == "__main__":
             terms["perplexity"] = perplexity(F.one_hot(s, args.codebook_size).sum((0, 1)))
             return {name: value.detach() for name, value in terms.items()}
 
-        step = data.replayed(step, device, args.eager)
+        step = data.replayed(step, device, args.eager)  # on CUDA, as one graph
         first = log[-1]["step"] if log else 0
         began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
@@ -258,8 +258,8 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - began
 
         model.eval()
-        # addition, what sample.py --noise adds; on shifted series, as x^ of one that is known by
-        # heart has its noise
+        # addition, what sample.py --noise adds; on shifted series, as those of training may be
+        # known by heart, with their noise
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))

@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
     A step is scaled to the size of AdamW's, so that one rate serves both (Liu et al. 2025). Unlike
     torch.optim.Muon: in fp32, as in bfloat16 many CPUs take 25 times longer; matrices of one shape
-    stacked; the rate a tensor, which a replayed step reads anew.
+    stacked; the rate a tensor, which a CUDA graph reads anew.
     """
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
@@ -153,7 +153,7 @@ if __name__ == "__main__":
             adamw.step()
             return {"loss": loss.detach(), "gradient_norm": norm}
 
-        step = data.replayed(step, device, args.eager)
+        step = data.replayed(step, device, args.eager)  # on CUDA, as one graph
         first = log[-1]["step"] if log else 0
         began, sums = time.perf_counter(), {}
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps)

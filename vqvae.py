@@ -33,7 +33,7 @@ def stft(x, n_fft=8, hop=2):
 
 
 def istft(u, length, n_fft=8, hop=2):
-    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), as `hop` lengths have the same W.
+    """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), as W alone leaves `hop` lengths possible.
 
     torch.istft without its check for zero windows, which makes the CPU wait for the GPU.
     """
@@ -147,7 +147,7 @@ class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
     The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors it.
-    L >= n_fft, a multiple of hop. `grid` is (H',W'), `stride` the samples of a column.
+    L >= n_fft >= 2 hop. `grid` is (H',W'), `stride` the samples of a column.
     """
 
     # follow-up: D, K, the decay, and the weight 1 of the commitment loss
