@@ -204,21 +204,43 @@ def test_noise_is_white_and_of_the_deviation_that_reconstructions_lack():
     x = deviation[:, None] * torch.randn(300, 2, 256)
     model = vqvae.VQVAE(256, C=2, K=3).eval()
     model.quantizer.codebook[:] = model.encode(x[:3])[:, :, 2, 4]
-    model.quantizer.codebook[2] = 1e6  # nothing chooses it, so it has the mean of its row
+    model.quantizer.codebook[2] = 1e6  # nothing chooses it, so it has the median of its row
     for parameter in model.decoder[-1].parameters():
         parameter.data.zero_()  # x^ = 0 lacks all of x
     model.fit_noise_floor(x)
+    assert torch.allclose(model.noise_floor[..., 2], deviation[:, None].expand(2, 5), rtol=0.03)
+    spiked = x.clone()
+    spiked[0, :, 100] = 1e4  # stays in one code a bin
+    model.fit_noise_floor(spiked)
     assert torch.allclose(model.noise_floor[..., 2], deviation[:, None].expand(2, 5), rtol=0.03)
     model.decoder[-1].reset_parameters()
     model.fit_noise_floor(1e-4 * x)  # x^ has more power than x
     assert (model.noise_floor == 0).all() and (model.noise(model.tokenize(x)) == 0).all()
     # in each column of the least deviation of its bins
-    model.noise_floor[:] = torch.rand(2, 5, 3) + 0.1
-    (H, W), s = model.grid, torch.randint(3, (1, math.prod(model.grid)))
-    least = [[min(model.noise_floor[c, h, s[0, h * W + w]].item() for h in range(H))
-              for w in range(W)] for c in range(2)]
-    expected = [np.interp((np.arange(256) + 0.5) * W / 256 - 0.5, range(W), row) for row in least]
-    assert np.allclose(model.noise(s.expand(4000, -1)).std(0), expected, rtol=0.06)
+    for model in (model, vqvae.VQVAE(140, C=2, K=3), vqvae.VQVAE(25, C=2, K=3)):
+        model.noise_floor[:] = torch.rand(2, 5, 3) + 0.1
+        (H, W), s = model.grid, torch.randint(3, (1, math.prod(model.grid)))
+        least = [[min(model.noise_floor[c, h, s[0, h * W + w]].item() for h in range(H))
+                  for w in range(W)] for c in range(2)]
+        column = (np.arange(model.L) + 0.5) / model.stride - 0.5
+        expected = [np.interp(column, range(W), row) for row in least]
+        assert np.allclose(model.noise(s.expand(4000, -1)).std(0), expected, rtol=0.06)
+
+
+def test_noise_is_measured_in_the_columns_of_the_tokens():
+    model = vqvae.VQVAE(140, D=2, K=2).eval()  # 71 frames, 8 columns of 8 and a rest of 7
+    model.encoder = torch.nn.LPPool2d(2, (1, 8))  # z is the root of each column's own power
+    model.quantizer.codebook[1] = 1.0
+    for parameter in model.decoder[-1].parameters():
+        parameter.data.zero_()  # x^ = 0
+    x = 3 * torch.randn(400, 1, 140)
+    x[..., :68] = 0  # also in the first frame of column 4, and partly in the next three
+    assert torch.equal(model.tokenize(x).view(400, 5, 8), (torch.arange(8) >= 4).expand(400, 5, 8))
+    model.fit_noise_floor(x, rare=0)
+    squares = torch.hann_window(8).square() / 3  # of sum 1
+    column_4 = (4 + sum(squares[-n:].sum() for n in (2, 4, 6))) / 8
+    assert (model.noise_floor[..., 0] == 0).all()
+    assert torch.allclose(model.noise_floor[..., 1], 3 * ((column_4 + 3) / 4).sqrt(), rtol=0.03)
 
 
 # ---- ssl_losses.py ------------------------------------------------------------------------------

@@ -212,7 +212,8 @@ class VQVAE(nn.Module):
 
         Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess of
         |stft(x)|^2 over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells,
-        about `rare` of them, is drawn towards the mean of its bin.
+        about `rare` of them, is drawn towards the median of its bin's codes (the mean would pass
+        one outlier on to all of them).
         """
         K = len(self.quantizer.codebook)
         total, count = torch.zeros_like(self.noise_floor), x.new_zeros(self.grid[0], K)
@@ -221,13 +222,14 @@ class VQVAE(nn.Module):
             power, power_hat = (  # |u|^2, |u^|^2 (B,C,H,W)
                 reduce(self.stft(v).square(), "b (c part) h w -> b c h w", "sum", part=2)
                 for v in (rows, self.detokenize(s)))
-            excess = F.adaptive_avg_pool2d(power - power_hat, self.grid)  # (B,C,H,W')
+            # (B,C,H,W'), of a column's own frames, without those that halvings drop at the end
+            excess = F.avg_pool2d(power - power_hat, (1, self.stride // self.hop))
             chosen = F.one_hot(s.view(-1, *self.grid), K).float()  # (B,H,W',K)
             total += torch.einsum("bchw,bhwk->chk", excess, chosen)
             count += chosen.sum((0, 2))
-        mean = total.sum(-1, keepdim=True) / count.sum(-1, keepdim=True)
+        typical = (total / count).nanmedian(-1, keepdim=True).values
         of_white_noise = torch.hann_window(self.n_fft).square().sum()  # in a bin, for variance 1
-        variance = (total + rare * mean) / (count + rare) / of_white_noise
+        variance = (total + rare * typical) / (count + rare) / of_white_noise
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
@@ -236,5 +238,6 @@ class VQVAE(nn.Module):
         bins = torch.arange(self.grid[0], device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
         deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
-        deviation = F.interpolate(deviation, self.L, mode="linear")
+        deviation = F.pad(deviation, (0, 1), mode="replicate")  # for samples after the last column
+        deviation = F.interpolate(deviation, scale_factor=self.stride, mode="linear")[..., : self.L]
         return deviation * torch.randn_like(deviation)
