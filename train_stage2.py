@@ -91,9 +91,10 @@ def bound(prior, s, y, n_draws=2):
     """Mean of `nll_bound` over the rows of s (n,N), given y (n) or None, and its standard error, in
     nats a series, from n_draws a row; prior in eval mode."""
     rows = torch.arange(len(s), device=s.device).repeat(n_draws)
+    of_a_row = s.shape[1] * max(s.shape[1], prior.mask_id)  # N x N attention, N x K logits
     nats = torch.cat([
         nll_bound(guided(prior, None if y is None else y[i]), s[i], prior.mask_id)
-        for i in rows.split(1000)]).view(n_draws, -1).mean(0)
+        for i in rows.split(min(1000, 1 + 10**8 // of_a_row))]).view(n_draws, -1).mean(0)
     return nats.mean().item(), nats.std(correction=0).item() / len(nats) ** 0.5
 
 
