@@ -673,5 +673,5 @@ def report(run, part, figures):
     if None in known[part].values():
         print(f"warning: what is not finite is null in {path}; look for outliers")
     write(path, json.dumps(known, indent=2).encode())
-    shown = {k: value if isinstance(value, int) else f"{value:.4g}" for k, value in figures.items()}
-    print(f"{run} {part}:", ", ".join(f"{name} {value}" for name, value in shown.items()))
+    shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in figures.items())
+    print(f"{run} {part}:", ", ".join(shown))
