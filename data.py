@@ -447,7 +447,7 @@ def augment(x, names):
 def one_line_errors():
     """What a user can mend, and Ctrl-C or SIGTERM, end the script in one line and exit code 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a class's letters
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack letters of a path
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

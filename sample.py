@@ -140,10 +140,23 @@ def nearest_distance(x, x_train):
     return data.in_batches(lambda rows: torch.cdist(rows, x_train).amin(1), x).median().item()
 
 
+def rows_in_shares_of(y_test, y, n_classes):
+    """Rows (n) of labels y (n) by which classes have the shares that they have in y_test.
+
+    By systematic resampling: each row once where y has these shares already.
+    """
+    weight = (y_test.bincount(minlength=n_classes) / y.bincount(minlength=n_classes))[y].double()
+    until = weight.cumsum(0) / weight.sum()  # NaN where all classes of y are absent in y_test
+    middle = (torch.arange(len(y), device=y.device) + 0.5).double() / len(y)
+    return torch.searchsorted(until, middle).clamp_max(len(y) - 1)
+
+
 def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
-    fid_real: of one half of the test split from the other; fewer series, so no lower bound.
+    The labels y have the training split's class shares, which CAS learns from; FID and inception
+    score are of series in the test split's. fid_real: of one half of the test split from the
+    other; fewer series, so no lower bound.
     """
     fcn = train_fcn(d.x_train, d.y_train, len(d.classes), fcn_steps, "real")
     real = data.in_batches(fcn[:-1], d.x_test)
@@ -152,7 +165,7 @@ def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     for name, sample, train_x, train_y in (
         ("real", d.x_test, d.x_train, d.y_train),
         ("reconstructed", x_rec, x_train_rec, d.y_train),
-        ("generated", x, x, y),
+        ("generated", x[rows_in_shares_of(d.y_test, y, len(d.classes))], x, y),
     ):
         is_real = name == "real"
         judge = fcn if is_real else train_fcn(train_x, train_y, len(d.classes), fcn_steps, name)
@@ -227,8 +240,7 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     of_test = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
     figures = {"novelty": nearest_distance(x, d.x_train) / of_test}
     if figures["novelty"] < 0.8:
-        print("these series stay close to the training series; fewer --steps in stage 2, or a "
-              "larger --shift, make newer ones")
+        print("these series stay close to the training series; a larger --shift makes newer ones")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and vqvae.L == 128 and name in ("synthetic", "TwoPatterns", "TwoPatterns.npz"):

@@ -646,6 +646,11 @@ def test_probes_and_metrics_by_hand():
     b = a * torch.tensor([2.0, 1, 3]) + torch.tensor([1.0, 0, 0])
     # |mu|^2 + sum (sigma_a - sigma_b)^2
     assert sample.frechet_distance(a, b) == pytest.approx(1 + 1 + 0 + 4, abs=1e-6)
+    y = torch.tensor([0, 0, 0, 1])
+    rows = sample.rows_in_shares_of(torch.tensor([1, 0]), y, 3)  # weights 1/6 1/6 1/6 1/2
+    assert rows.tolist() == [0, 2, 3, 3]
+    assert sample.rows_in_shares_of(y.repeat(9), y, 3).tolist() == [0, 1, 2, 3]
+    assert sample.rows_in_shares_of(y[3:] + 1, y, 3).amax() < 4  # of a class that y lacks: any
     x, y = data.two_patterns(60, torch.Generator().manual_seed(0))
     half = torch.cat([x[:30], torch.randn(28, 1, 128), 0 * x[:1], math.nan * x[:1]])
     scores = sample.two_patterns_scores(x, y, half, y)
@@ -726,13 +731,18 @@ def test_newest_run_other_name_and_same_bits(small, finished, tmp_path, monkeypa
     assert all(same(weights(run / f), weights(finished / f)) for f in ("stage1.pt", "stage2.pt"))
 
 
-@pytest.mark.parametrize("name, ending, L", [("DodgerLoopDay", "tsv", 288), ("ECG200", "ts", 96)])
-def test_real_files_through_all_scripts(name, ending, L, tmp_path):
-    place = ("--data-dir", there(UCR / name / f"{name}_TRAIN.{ending}").parent)
-    run = train(name, tmp_path / "run", place)
+def test_real_files_through_all_scripts(tmp_path):
+    place = ("--data-dir", there(UCR / "DodgerLoopDay" / "DodgerLoopDay_TRAIN.tsv").parent)
+    run = train("DodgerLoopDay", tmp_path / "run", place)
     script("sample", "--run", run, "--n", 4, "--evaluate", "--fcn-steps", 2)
     drawn = samples(run)
-    assert drawn["x"].shape == (4, 1, L) and np.isfinite(drawn["x"]).all() and drawn["y"][0]
+    assert drawn["x"].shape == (4, 1, 288) and np.isfinite(drawn["x"]).all() and drawn["y"][0]
+
+
+def test_the_same_set_as_ts_and_as_txt():
+    path = there(UCR / "ECG200" / "ECG200_TRAIN.ts")
+    (x, y), (x_too, y_too) = data.read_ts(path), data.read_table(path.with_suffix(".txt"))
+    assert np.array_equal(x, x_too) and y == y_too and np.array(x).shape == (100, 1, 96)
 
 
 WALKS = np.random.default_rng(0).normal(size=(2, 30, 16)).cumsum(2)
