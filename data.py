@@ -421,10 +421,9 @@ def gaussian_noise(x, deviation=0.05):
 
 
 def time_shift(x, by):
-    """x(t) -> x(t + by), by (B,1) or one int, less than L either way; the border is mirrored."""
+    """x(t) -> x(t + by), by (B,1) or one int; beyond a border its sample is held."""
     L = x.shape[-1]
-    t = torch.arange(L, device=x.device) + by
-    t = (L - 1) - (L - 1 - t.abs()).abs()  # both ends folded back into 0..L-1
+    t = (torch.arange(L, device=x.device) + by).clamp(0, L - 1)
     return x.gather(2, t.view(-1, 1, L).expand_as(x))
 
 

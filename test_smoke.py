@@ -440,7 +440,7 @@ def test_augmentations_and_shift():
     moved = data.time_shift(x, torch.arange(-2, 3)[:, None])
     assert torch.equal(moved[:, 0], moved[:, 1]) and torch.equal(data.time_shift(x, 1)[3], moved[3])
     assert moved[:, 0].tolist() == [
-        [2, 1, 0, 1, 2], [1, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 3], [2, 3, 4, 3, 2]]
+        [0, 0, 0, 1, 2], [0, 0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 2, 3, 4, 4], [2, 3, 4, 4, 4]]
 
 
 READ = {  # name in CASES: classes
