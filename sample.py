@@ -147,7 +147,7 @@ def rows_in_shares_of(y_test, y, n_classes):
     """
     weight = (y_test.bincount(minlength=n_classes) / y.bincount(minlength=n_classes))[y].double()
     until = weight.cumsum(0) / weight.sum()  # NaN where all classes of y are absent in y_test
-    middle = (torch.arange(len(y), device=y.device) + 0.5).double() / len(y)
+    middle = (torch.arange(len(y), dtype=torch.float64, device=y.device) + 0.5) / len(y)
     return torch.searchsorted(until, middle).clamp_max(len(y) - 1)
 
 

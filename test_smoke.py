@@ -739,10 +739,14 @@ def test_real_files_through_all_scripts(tmp_path):
     assert drawn["x"].shape == (4, 1, 288) and np.isfinite(drawn["x"]).all() and drawn["y"][0]
 
 
-def test_the_same_set_as_ts_and_as_txt():
-    path = there(UCR / "ECG200" / "ECG200_TRAIN.ts")
-    (x, y), (x_too, y_too) = data.read_ts(path), data.read_table(path.with_suffix(".txt"))
-    assert np.array_equal(x, x_too) and y == y_too and np.array(x).shape == (100, 1, 96)
+def test_the_same_set_as_ts_and_as_txt(tmp_path):
+    folder = there(UCR / "ECG200" / "ECG200_TRAIN.ts").parent  # which has both
+    for path in folder.glob("ECG200_T*.t*"):
+        (tmp_path / path.suffix).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.suffix)
+    a, b = (data.load("ECG200", tmp_path / ending) for ending in (".ts", ".txt"))
+    assert same(a[:4], b[:4]) and a.x_train.shape == (100, 1, 96) and a.classes == b.classes
+    assert a.digest != b.digest
 
 
 WALKS = np.random.default_rng(0).normal(size=(2, 30, 16)).cumsum(2)
