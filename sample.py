@@ -169,10 +169,11 @@ def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     ):
         is_real = name == "real"
         judge = fcn if is_real else train_fcn(train_x, train_y, len(d.classes), fcn_steps, name)
-        a, b = halves if is_real else (real, data.in_batches(fcn[:-1], sample))
+        features = real if is_real else data.in_batches(fcn[:-1], sample)
+        a, b = halves if is_real else (real, features)
         is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
         figures[f"fid_{name}"] = frechet_distance(a, b)
-        figures[f"inception_{name}"] = inception_score(data.in_batches(fcn, sample))
+        figures[f"inception_{name}"] = inception_score(data.in_batches(fcn[-1], features))
         figures[f"cas_{name}"] = is_right.float().mean().item()
     return figures
 
