@@ -8,8 +8,9 @@
     revise                    an addition to it: rounds that draw improbable entries anew
     nll_bound                 how well a prior knows given sequences
 
-Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guidance), Uria et al.
-2014 (the any-order bound).
+Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guidance), Lezama et al.
+2022 (Token-Critic) and Lee et al. 2023 (ESS), of whose kind `revise` is, Uria et al. 2014 (the
+any-order bound).
 
 Notation: B batch, N tokens, K codes; s tokens (B,N) in 0..K-1, s_M the same with masked entries set
 to [MASK], whose id is K; y class labels (B). Masks are True where their name says.
@@ -42,7 +43,7 @@ def lowest(score, n):
 def mask_tokens(s, schedule="cosine"):
     """is_masked (B,N) for training: ceil(gamma(r) N) >= 1 random entries a row, r ~ U(0,1)."""
     B, N = s.shape
-    # fix: public code keeps this share and masks the rest
+    # fix: TimeVQVAE's code keeps this share and masks the rest
     n_masked = (SCHEDULES[schedule](torch.rand(B, 1, device=s.device)) * N).ceil().clamp_min(1)
     return lowest(torch.rand(B, N, device=s.device), n_masked)
 

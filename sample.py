@@ -72,15 +72,16 @@ def uniform(K, s_M, y=None):
     return torch.zeros(*s_M.shape, K, device=s_M.device)
 
 
-def generate(prior, K, y, s_M, steps, temperature, guidance, rounds):
-    """s_M (B,N), [MASK] being K, decoded under labels y (B) or None -> s (B,N)."""
+def generate(prior, mask_id, y, s_M, steps, temperature, guidance, rounds):
+    """s_M (B,N) decoded under labels y (B) or None -> s (B,N)."""
     parts = []
     size = 128 if s_M.device.type == "cpu" else 1000  # 128 series stay in a CPU's cache
     for i in tqdm(range(0, len(s_M), size), desc="decoding", leave=False):
         canvas, labels = s_M[i : i + size], None if y is None else y[i : i + size]
         logits_fn = guided(prior, labels, guidance)
-        s = decode(logits_fn, canvas, K, steps, temperature)
-        s = revise(logits_fn, s, canvas != K, K, rounds, temperature=temperature)  # addition
+        s = decode(logits_fn, canvas, mask_id, steps, temperature)
+        is_given = canvas != mask_id
+        s = revise(logits_fn, s, is_given, mask_id, rounds, temperature=temperature)  # addition
         parts.append(s)
     return torch.cat(parts)
 
@@ -181,8 +182,8 @@ def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
 def fit_two_steps(x):
     """Best two flat patterns of a TwoPatterns series x (n,128), by least squares over all pairs.
 
-    Returns (n,6): whether x is well-formed (at most 6 samples off by over half a level, at most 3
-    of them inside a pattern), its class 0..3, and start, first length, gap, second length.
+    Returns (n,6): whether x is clean (at most 6 samples off by over half a level, at most 3 of them
+    inside a pattern), its class 0..3, and start, first length, gap, second length.
     """
     pairs = [(start, length) for length in range(16, 33) for start in range(129 - length)]
     start, length = torch.tensor(pairs, device=x.device).T
@@ -203,11 +204,11 @@ def fit_two_steps(x):
     is_inside = (t >= start[best]) & (t < end[best])  # one pattern ends before two begins
     shape = shape.where(is_inside, 0).sum(0)
     is_off = ~((x - shape).abs() < 0.5 * level)  # NaN is off, too
-    is_well_formed = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
+    is_clean = (is_off.sum(1) <= 6) & ((is_off & (shape != 0)).sum(1) <= 3)
     is_up, (one, two) = fall[..., 0] < 0, best[..., 0]
     label = is_up[0] + 2 * is_up[1]
     gap = start[two] - end[one]
-    return torch.stack([is_well_formed, label, start[one], length[one], gap, length[two]], 1)
+    return torch.stack([is_clean, label, start[one], length[one], gap, length[two]], 1)
 
 
 def ks_distance(a, b):
@@ -218,13 +219,13 @@ def ks_distance(a, b):
 
 
 def two_patterns_scores(x_rec, y_rec, x, y):
-    """Shares of series well-formed and of their class; KS distances of their parameters."""
+    """Share of well-formed series, which are clean and of their class; KS distances of these."""
     figures, parameters = {}, []
     for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
-        is_well_formed, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
-        is_good = (is_well_formed == 1) & (label == labels)
-        figures[f"well_formed_{name}"] = is_good.float().mean().item()
-        parameters.append([values[is_good] for values in fitted])
+        is_clean, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
+        is_well_formed = (is_clean == 1) & (label == labels)
+        figures[f"well_formed_{name}"] = is_well_formed.float().mean().item()
+        parameters.append([values[is_well_formed] for values in fitted])
     for name, a, b in zip(("start", "first_length", "gap", "second_length"), *parameters):
         figures[f"ks_{name}"] = ks_distance(a, b) if len(a) and len(b) else 1.0
     return figures
@@ -277,8 +278,8 @@ def impute(run, vqvae, prior, d, args):
     # tokens beside the stretch see into it: a straight line stands there instead of the truth
     left, right = (start - 1 if start else end), (end if end < vqvae.L else start - 1)
     line = torch.linspace(0, 1, end - start + 2, device=x.device)[1:-1]
-    hidden = x.clone()
-    hidden[..., start:end] = torch.lerp(x[..., left, None], x[..., right, None], line)
+    bridged = x.clone()
+    bridged[..., start:end] = torch.lerp(x[..., left, None], x[..., right, None], line)
 
     # the columns of its samples: frames are centred at multiples of hop
     columns = (torch.arange(start, end, device=x.device) + vqvae.hop // 2) // vqvae.stride
@@ -286,7 +287,7 @@ def impute(run, vqvae, prior, d, args):
     is_touched = torch.zeros(vqvae.grid, dtype=torch.bool, device=x.device)
     is_touched[:, columns] = True
     K = len(vqvae.quantizer.codebook)
-    s_M = data.in_batches(vqvae.tokenize, hidden).masked_fill(is_touched.flatten(), K)
+    s_M = data.in_batches(vqvae.tokenize, bridged).masked_fill(is_touched.flatten(), K)
     s = generate(prior, K, None, s_M.repeat_interleave(10, 0), args.steps,
                  args.temperature, guidance=1.0, rounds=args.rounds)
     filled = to_series(vqvae, s, args.noise).unflatten(0, (len(x), -1))[..., start:end]
@@ -296,7 +297,7 @@ def impute(run, vqvae, prior, d, args):
     return {
         "mse_one_filling": F.mse_loss(filled, truth.expand_as(filled)).item(),
         "mse_mean_filling": F.mse_loss(filled.mean(1, keepdim=True), truth).item(),
-        "mse_straight_line": F.mse_loss(hidden[:, None, :, start:end], truth).item(),
+        "mse_straight_line": F.mse_loss(bridged[:, None, :, start:end], truth).item(),
     }
 
 
@@ -314,8 +315,8 @@ if __name__ == "__main__":
                          "and known to --prior maskgit only")
         if args.impute and (args.impute[1] > vqvae.L or args.impute == (0, vqvae.L)):
             parser.error(f"--impute takes a part of the series, which have {vqvae.L} samples")
-        prior = partial(uniform, K)  # follow-up: a learned prior is the default
-        if args.prior == "maskgit":
+        prior = partial(uniform, K)
+        if args.prior == "maskgit":  # follow-up: a learned prior, where section 0 has a uniform one
             stage2 = data.load_checkpoint(run / "stage2.pt", stage=2)
             data.check_pair(stage1, stage2, run)
             prior = data.rebuild(MaskGIT, stage2, device)

@@ -83,7 +83,7 @@ def replace_tokens(model, z_q, s, highest):
 
 
 def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, token_noise=0.0):
-    """Loss of a batch x (B,C,L), its terms by name before VIEW_WEIGHT and w_ssl, and s (B,N).
+    """Loss of a batch x (B,C,L), its terms by name, without VIEW_WEIGHT and w_ssl, and s (B,N).
 
     ssl: a loss of ssl_losses.py, or None for the autoencoder alone; for the rest see `flags`.
     """
@@ -97,11 +97,14 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     if ssl is None:
         return mse_x + mse_u + commitment, terms, s
 
-    # x' -> u' -> z' -> u'^, x'^; batch norm normalises each view by itself
-    encoder = model.encoder  # its running averages take in both, as the loss ties z' to z_q
-    if views == 2:  # which it does not here: they are of x alone, and the views move a copy
+    # batch norm normalises each view by itself; its running averages take in x and x', as the loss
+    # ties z' to z_q
+    encoder = model.encoder
+    if views == 2:  # x is no view here: the averages are of x alone, and the views move a copy
         averages = {name: v.clone() for name, v in encoder.named_buffers()}
         encoder = partial(torch.func.functional_call, encoder, averages)
+
+    # x' -> u' -> z' -> u'^, x'^
     x_view = data.augment(x, augmentations)
     u_view = model.stft(x_view)
     z_view = encoder(u_view)
@@ -220,8 +223,8 @@ if __name__ == "__main__":
         shares = (d.y_train.bincount() / n).tolist() if d.classes else []
         constants = dict(stage=1, arguments=arguments, classes=d.classes, shares=shares,
                          mean=d.mean, std=d.std, digest=d.digest)
-        log = data.restore(state, parts)
-        farthest = math.ceil(args.shift * model.stride)  # in samples; a column may have only 2
+        log = data.restore(state, parts)  # into the parts, if there is a state
+        farthest = math.ceil(args.shift * model.stride)  # up, as a column may have 2 samples only
 
         def step():
             """One step on B distinct training series; its terms by name."""
@@ -258,14 +261,14 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - began
 
         model.eval()
-        # addition, what sample.py --noise adds; on shifted series, as those of training may be
-        # known by heart, with their noise
+        # addition, what sample.py --noise adds; measured on series moved by up to half a column,
+        # as those of training may be known by heart, with their noise
         half = model.stride // 2
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))
         data.save(run / "stage1.pt", parts, constants, log, vars(args))
         draw_reconstructions(run, model, d)
         figures = evaluate(model, d)
-        if first == 0:
+        if first == 0:  # not resumed
             figures["training_seconds"] = seconds
         data.report(run, "stage1", figures)

@@ -120,7 +120,7 @@ if __name__ == "__main__":
         # addition: the tokens of shifted series are learned, too, at most nine shifts, as else the
         # prior knows the training series by heart: novelty of SmoothSubspace .39, with shifts in
         # both stages .96 (--shift 0)
-        farthest = math.ceil(args.shift * vqvae.stride)  # in samples; a column may have only 2
+        farthest = math.ceil(args.shift * vqvae.stride)  # up, as a column may have 2 samples only
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)
             data.in_batches(vqvae.tokenize, data.time_shift(d.x_train, int(by))) for by in shifts])
@@ -137,7 +137,7 @@ if __name__ == "__main__":
         parts = dict(model=prior, muon=muon, adamw=adamw)
         constants = dict(stage=2, arguments=arguments, digest=d.digest,
                          codebook=stage1["model"]["quantizer.codebook"])
-        log = data.restore(state, parts)
+        log = data.restore(state, parts)  # into the parts, if there is a state
 
         def step():
             """One step on the tokens of B distinct training series; its terms by name."""
@@ -177,6 +177,6 @@ if __name__ == "__main__":
         nats_train, _ = bound(prior, s_train[shifts.index(0)], d.y_train)
         figures = {"test_nats_per_series": nats, "standard_error": error,
                    "train_nats_per_series": nats_train, "uniform_nats_per_series": N * math.log(K)}
-        if first == 0:
+        if first == 0:  # not resumed
             figures["training_seconds"] = seconds
         data.report(run, "stage2", figures)
