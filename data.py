@@ -308,7 +308,8 @@ def scale(x_train, x_test, where):
     """Both splits (B,C,L) in fp32, by mean and deviation (C,1) of training, and these two."""
     with np.errstate(all="ignore"):
         mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-        std[np.ptp(x_train, (0, 2)) == 0] = 1  # a constant channel stays so
+        is_flat = np.ptp(x_train, (0, 2)) == 0
+        mean[is_flat], std[is_flat] = x_train[0, is_flat, :1], 1  # a constant channel is 0, exactly
         x_train, x_test = (((x - mean) / std).astype(np.float32) for x in (x_train, x_test))
     if not all(np.isfinite(v).all() for v in (x_train, x_test, std)):
         raise Refused(f"{where}: values beyond fp32 even when scaled; rescale or mend them")

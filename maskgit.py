@@ -13,7 +13,7 @@ Papers: Chang et al. 2022 (MaskGIT), Ho and Salimans 2022 (classifier-free guida
 any-order bound).
 
 Notation: B batch, N tokens, K codes; s tokens (B,N) in 0..K-1, s_M the same with masked entries set
-to [MASK], whose id is K; y class labels (B). Masks are True where their name says.
+to [MASK], whose id is K; y labels (B) in 0..n_classes-1. Masks are True where their name says.
 """
 
 import math
@@ -59,8 +59,8 @@ def masked_cross_entropy(logits, s, is_masked):
 class MaskGIT(nn.Module):
     """Bidirectional transformer over a class token and N tokens: s_M (B,N), y (B) -> (B,N,K).
 
-    n_classes: 0 for unlabelled data. label_dropout: probability that a label is hidden, in training
-    only, which makes guidance and unconditional sampling possible.
+    n_classes: 0 for unlabelled data; as a label it stands for none. label_dropout: probability that
+    a label is hidden, in training only, which makes guidance and unconditional sampling possible.
     """
 
     def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):

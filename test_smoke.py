@@ -500,6 +500,8 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     assert d.x_train.shape == (12, 3, 16) and d.y_train is None and d.classes == []
     assert torch.allclose(d.x_train.std((0, 2), correction=0), torch.tensor([1.0, 1, 0]), atol=1e-4)
     assert np.allclose(d.x_test * d.std + d.mean, x[:5], rtol=0, atol=1e-5)  # an offset survives
+    d = data.load(arrays(tmp_path, np.full((7, 16), 1e25 / 3), x[:1, 0]))  # whose mean is rounded
+    assert d.x_train.eq(0).all() and d.mean == 1e25 / 3 and d.std == 1
     last = X[:, None].repeat(30, 1) * 1e39  # (6,30,10), beyond fp32
     assert data.load(arrays(tmp_path, last, last)).x_train.abs().max() < 5
     assert "30 channels of 10 samples; if it is (N,L,C)" in capsys.readouterr().out

@@ -76,8 +76,8 @@ class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
     `codebook` (K,D) equals `sums` / `counts`, the averaged sum and number of the latents that chose
-    each code; `decay` is the share of the old average kept a step. Counts start at 0, so `revive`
-    places all codes on the first training batch. Eval mode updates nothing.
+    each code; `decay`, between 0 and 1, is the share of the old average kept a step. Counts start
+    at 0, so `revive` places all codes on the first training batch. Eval mode updates nothing.
     """
 
     def __init__(self, K=32, D=64, decay=0.9):
@@ -212,11 +212,12 @@ class VQVAE(nn.Module):
 
         Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess of
         |stft(x)|^2 over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells,
-        about `rare` of them, is drawn towards the median of its bin's codes (the mean would pass
-        one outlier on to all of them).
+        about `rare` (> 0) of them, is drawn towards the median of its bin's codes (the mean would
+        pass one outlier on to all of them).
         """
         K = len(self.quantizer.codebook)
-        total, count = torch.zeros_like(self.noise_floor), x.new_zeros(self.grid[0], K)
+        total = torch.zeros_like(self.noise_floor)
+        count = torch.zeros_like(total[0])  # (H,K)
         for rows in x.split(100):
             s = self.tokenize(rows)
             power, power_hat = (  # |u|^2, |u^|^2 (B,C,H,W)
