@@ -170,7 +170,7 @@ def read_ts_row(line, has_labels, where):
 def read_ts(path):
     """UCR/UEA .ts: header, '@data', then rows `v1,v2,...:v1,v2,...:label`, a part for each channel.
 
-    The label is there after '@classLabel true'. Other lines of the header bind nothing, except
+    Rows have a label only after '@classLabel true'. Other lines of the header bind nothing, except
     that time stamps and regression targets are Refused. Lines with % or # first are comments.
     """
     lines = ((i, line.strip()) for i, line in text_lines(path))
@@ -195,7 +195,7 @@ def checked_array(x, where):
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
     values = x.astype(np.float64)
-    is_lost = np.isinf(values) | (abs(values) >= 2**53) & (x.dtype.kind in "iu")
+    is_lost = abs(values) >= (2**53 if x.dtype.kind in "iu" else np.inf)
     if is_lost.any():
         index = np.argwhere(is_lost)[0].tolist()
         raise Refused(f"{where}{index} is infinite, or an integer of 2^53 or more, which float64 "
@@ -212,7 +212,7 @@ def read_npz(path):
 
     Returns (series, class names) of train and of test; no other array is looked at.
     """
-    content = io.BytesIO(path.read_bytes())  # of an OSError `read` says what to do
+    content = io.BytesIO(path.read_bytes())  # outside the try: `read` reports an OSError
     try:
         with np.load(content, allow_pickle=False) as file:
             arrays = [(s, file[f"x_{s}"], file.get(f"y_{s}")) for s in ("train", "test")]
@@ -234,7 +234,7 @@ def read_npz(path):
 
 
 def locate(name, folder):
-    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder (of a zip, also), or None."""
+    """Paths of NAME_TRAIN and NAME_TEST in folder/NAME or folder (or of a zip), or None."""
     for ending in (".tsv", ".txt", ".ts"):
         for place in (folder / name, folder):
             pair = [place / f"{name}_{split}{ending}" for split in ("TRAIN", "TEST")]
@@ -407,7 +407,7 @@ def amplitude_resize(x, deviation=0.2):
 
 
 def slice_and_shuffle(x, n_segments=4):
-    """Cut each series at random places into n_segments and join them in random order."""
+    """Cut each series at random places into n_segments at most; join them in random order."""
     B, _, L = x.shape
     cuts = torch.randint(1, L, (B, 1, n_segments - 1), device=x.device)
     segment = (torch.arange(L, device=x.device)[:, None] >= cuts).sum(2)  # (B,L), 0..n_segments-1
@@ -565,11 +565,11 @@ def record(sums, log, step, path):
 
     Refused if one is not finite.
     """
-    first = log[-1]["step"] if log else 0
-    terms = {name: value.item() / (step - first) for name, value in sums.items()}
+    done = log[-1]["step"] if log else 0
+    terms = {name: value.item() / (step - done) for name, value in sums.items()}
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
     if bad:
-        raise Refused(f"{', '.join(bad)} not finite in steps {first + 1} to {step}; what "
+        raise Refused(f"{', '.join(bad)} not finite in steps {done + 1} to {step}; what "
                       f"{path.parent} holds is kept. Try a lower --lr, or look for outliers")
     log.append({"step": step} | terms)
     write(path, "".join(json.dumps(one) + "\n" for one in log).encode())
@@ -658,7 +658,7 @@ def rebuild(kind, state, device):
 
 @torch.no_grad()
 def in_batches(function, x):
-    """function(x), of rows, a batch at a time."""
+    """function(x), 100 rows at a time."""
     return torch.cat([function(rows) for rows in x.split(100)])
 
 

@@ -28,7 +28,7 @@ SCHEDULES = {
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
 }
-# for speed: the layers compute in bfloat16 on CPUs that have it (False: fp32), and there without
+# for speed: on CPUs with bfloat16 the layers compute in it (HAS_BF16 = False: fp32), and without
 # flash attention, whose backward pass is slow in it
 HAS_BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
@@ -88,17 +88,16 @@ class MaskGIT(nn.Module):
         h = torch.cat([self.classes(y)[:, None], self.tokens(s_M)], 1)  # (B,1+N,width)
         with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BF16), sdpa_kernel(ATTENTION):
             h = self.norm(self.layers(h + self.positions))[:, 1:]
-        return h.float() @ self.tokens.weight[:-1].T + self.bias
+        return h.float() @ self.tokens.weight[:-1].T + self.bias  # tied; [MASK] is no outcome
 
 
 def guided(prior, y=None, scale=1.0):
-    """logits_fn of a MaskGIT for labels y (B): l_null + scale (l_class - l_null).
+    """logits_fn of a prior in eval mode, for labels y (B): l_null + scale (l_class - l_null).
 
-    scale, Ho and Salimans' 1 + w: 1 is the class-conditional model, 0 the unconditional one, as
-    without y; above 1 the class shows more and variety less. Call with the prior in eval mode.
+    scale (1 + w of Ho and Salimans): 0 is the unconditional model, as without y, 1 the
+    class-conditional one; above 1 the class shows more and variety less.
     """
     def logits_fn(s_M):
-        """s_M (B,N) -> logits (B,N,K)."""
         if y is None or scale == 1:
             return prior(s_M, y)
         l_class, l_null = prior(s_M, y), prior(s_M)
@@ -151,14 +150,14 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
            choice_temperature=0.5):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
-    A round masks a share of the entries, which falls linearly over the rounds, and draws them anew:
-    those of the lowest margin plus Gumbel noise times choice_temperature. The margin is the token's
-    log-probability plus the entropy of its distribution, below 0 where the token is less likely
-    than a draw is on average; so what is uncertain anyway is not singled out, which would cost
-    variety. Margins come from the pass of the round before, in which an entry that was not masked
-    sees itself, too; the first round has none.
+    Round i, from 0, masks round(share (1 - i/n_rounds) n) of the n entries not given and draws them
+    anew: those lowest in margin plus Gumbel noise times choice_temperature. The margin is the
+    token's log-probability plus the entropy of its distribution: below 0 where the token is less
+    likely than a draw is on average; so what is uncertain anyway is not singled out, which would
+    cost variety. It is of the pass of the round before (in the first: 0), in which an entry that
+    was not masked sees itself, too.
     """
-    # addition: MaskGIT never looks back; .06 more of the series are well-formed (--rounds 0)
+    # addition: MaskGIT never looks back; without (--rounds 0) .06 fewer series are well-formed
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
     for i in range(n_rounds):
         score = (margin + choice_temperature * gumbel_like(margin)).where(~is_given, math.inf)
@@ -173,12 +172,12 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
 def nll_bound(logits_fn, s, mask_id):
     """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats.
 
-    With n uniform on 1..N and n random entries masked, N/n times the summed cross-entropy of these
-    entries is, on average, the negative log-likelihood of generating one entry at a time, averaged
-    over all orders, which bounds that of the mixture of orders (Uria et al. 2014).
+    With n_masked, uniform on 1..N, random entries masked, N/n_masked times their summed
+    cross-entropy is, on average, the negative log-likelihood of generating one entry at a time,
+    averaged over all orders, which bounds that of the mixture of orders (Uria et al. 2014).
     """
     B, N = s.shape
-    n = torch.randint(1, N + 1, (B,), device=s.device)
-    is_masked = lowest(torch.rand(B, N, device=s.device), n[:, None])
+    n_masked = torch.randint(1, N + 1, (B,), device=s.device)
+    is_masked = lowest(torch.rand(B, N, device=s.device), n_masked[:, None])
     log_p = logits_fn(s.masked_fill(is_masked, mask_id)).log_softmax(-1)
-    return -log_p_of(s, log_p).where(is_masked, 0).sum(1) * N / n
+    return -log_p_of(s, log_p).where(is_masked, 0).sum(1) * N / n_masked

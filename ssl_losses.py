@@ -63,7 +63,7 @@ def barlow_twins(Z1, Z2):
 
 
 def similarity(Z1, Z2):
-    """Mean squared distance of the two views, eq. (1): (B,F), (B,F) -> scalar."""
+    """s(Z1,Z2): mean squared difference of entries, eq. (1) / F: (B,F), (B,F) -> scalar."""
     # follow-up: eq. (1) sums over the F features; their mean keeps its weight free of F
     return (Z1 - Z2).square().mean()
 
@@ -95,7 +95,7 @@ def vicreg(Z1, Z2):
 
 
 def decorrelation(Z):
-    """FD: sum_{i != j} C_ij^2 / F^2 (VIbCReg's) of C(Z), eq. (2): Z (B,F) -> scalar in [0,1).
+    """FD: sum_{i != j} C_ij^2 / F^2 of C(Z), eq. (2) mended: Z (B,F) -> scalar in [0,1).
 
     C = U^T U, where U is Z less its batch mean with every column scaled to length 1, so that C is
     the correlation matrix and no feature's scale matters.

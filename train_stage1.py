@@ -245,15 +245,15 @@ if __name__ == "__main__":
             return {name: value.detach() for name, value in terms.items()}
 
         step = data.replayed(step, device, args.eager)  # on CUDA, as one graph
-        first = log[-1]["step"] if log else 0
+        done = log[-1]["step"] if log else 0
         began, sums = time.perf_counter(), {}
-        bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
+        bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps)
         for i in bar:
-            optimizer.param_groups[0]["lr"].fill_(args.lr * data.one_cycle(i / args.steps))
+            optimizer.param_groups[0]["lr"].fill_(args.lr * data.one_cycle((i - 1) / args.steps))
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
-            is_due, is_last = (i + 1) % args.save_every == 0, i + 1 == args.steps
-            if (i + 1) % LOG_EVERY == 0 or is_due or is_last:
-                data.record(sums, log, i + 1, run / "stage1.jsonl")
+            is_due, is_last = i % args.save_every == 0, i == args.steps
+            if i % LOG_EVERY == 0 or is_due or is_last:
+                data.record(sums, log, i, run / "stage1.jsonl")
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due and not is_last:
@@ -269,6 +269,6 @@ if __name__ == "__main__":
         data.save(run / "stage1.pt", parts, constants, log, vars(args))
         draw_reconstructions(run, model, d)
         figures = evaluate(model, d)
-        if first == 0:  # not resumed
+        if done == 0:  # not resumed
             figures["training_seconds"] = seconds
         data.report(run, "stage1", figures)

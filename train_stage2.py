@@ -82,9 +82,9 @@ class Muon(torch.optim.Optimizer):
             state["average"].lerp_(gradient, 1 - momentum)
             steps = orthogonal(gradient.lerp(state["average"], momentum))  # Nesterov's momentum
             steps *= 0.2 * lr * max(Ws[0].shape) ** 0.5
-            kept = 1 - lr * group["weight_decay"]
+            decay = 1 - lr * group["weight_decay"]
             for W, W_step in zip(Ws, steps):
-                W.mul_(kept).sub_(W_step)
+                W.mul_(decay).sub_(W_step)
 
 
 def bound(prior, s, y, n_draws=2):
@@ -117,9 +117,9 @@ if __name__ == "__main__":
         B = min(args.batch_size, n)
         if args.epochs:
             args.steps = args.epochs * max(1, round(n / B))
-        # addition: the tokens of shifted series are learned, too, at most nine shifts, as else the
-        # prior knows the training series by heart: novelty of SmoothSubspace .39, with shifts in
-        # both stages .96 (--shift 0)
+        # addition: the tokens of shifted series are learned, too, of at most nine shifts. Without
+        # (--shift 0) the prior knows the training series by heart: novelty of SmoothSubspace is .39
+        # (with shifts in both stages: .96)
         farthest = math.ceil(args.shift * vqvae.stride)  # up, as a column may have 2 samples only
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)
@@ -155,17 +155,17 @@ if __name__ == "__main__":
             return {"loss": loss.detach(), "gradient_norm": norm}
 
         step = data.replayed(step, device, args.eager)  # on CUDA, as one graph
-        first = log[-1]["step"] if log else 0
+        done = log[-1]["step"] if log else 0
         began, sums = time.perf_counter(), {}
-        bar = tqdm(range(first, args.steps), initial=first, total=args.steps)
+        bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps)
         for i in bar:
-            lr = args.lr * data.one_cycle(i / args.steps)
+            lr = args.lr * data.one_cycle((i - 1) / args.steps)
             for group in (*muon.param_groups, *adamw.param_groups):
                 group["lr"].fill_(lr)
             sums = {name: sums.get(name, 0) + value for name, value in step().items()}
-            is_due = (i + 1) % args.save_every == 0 or i + 1 == args.steps
-            if is_due or (i + 1) % LOG_EVERY == 0:
-                data.record(sums, log, i + 1, run / "stage2.jsonl")
+            is_due = i % args.save_every == 0 or i == args.steps
+            if is_due or i % LOG_EVERY == 0:
+                data.record(sums, log, i, run / "stage2.jsonl")
                 bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
                 sums = {}
             if is_due:
@@ -177,6 +177,6 @@ if __name__ == "__main__":
         nats_train, _ = bound(prior, s_train[shifts.index(0)], d.y_train)
         figures = {"test_nats_per_series": nats, "standard_error": error,
                    "train_nats_per_series": nats_train, "uniform_nats_per_series": N * math.log(K)}
-        if first == 0:  # not resumed
+        if done == 0:  # not resumed
             figures["training_seconds"] = seconds
         data.report(run, "stage2", figures)

@@ -3,7 +3,8 @@
     stft, istft        x (B,C,L) <-> u (B,2C,H,W)
     ResidualBlock      the unit of encoder and decoder
     VectorQuantizer    z -> z_q and s, a codebook learned by exponential moving average
-    VQVAE              all of it: x -> x^; encode, decode, tokenize, detokenize
+    perplexity         of the use of codes
+    VQVAE              all of it: x -> x^; encode, decode, tokenize, detokenize; its noise floor
 
 Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ-VAE); Lee et al.
 2023, "Vector Quantized Time Series Generation with a Bidirectional Prior Model" (for thesis 0.1).
@@ -131,10 +132,9 @@ class VectorQuantizer(nn.Module):
             self.revive(latents)
         s = self.distances(z.detach()).argmin(-1)
         z_q = self.lookup(s, z.shape[-2:])
-        commitment = F.mse_loss(z, z_q)
         if self.training:
             self.update(latents, s.flatten())
-        return z + (z_q - z).detach(), s, commitment
+        return z + (z_q - z).detach(), s, F.mse_loss(z, z_q)
 
 
 def perplexity(counts):
@@ -202,18 +202,16 @@ class VQVAE(nn.Module):
         """s (B,N) -> x^ (B,C,L). Call in eval mode."""
         return self.decode(self.quantizer.lookup(s, self.grid))[0]
 
-    # addition: white noise that x has and x^ lacks, measured in closed form and drawn with x^: a
-    # classifier taught by series without it (sample.py --noise 0) is right on .29 of noisy real
-    # ones, by series with it on .86
+    # addition: white noise that x has and x^ lacks goes into drawn series; a classifier taught by
+    # them is right on .86 of noisy real ones, without it (sample.py --noise 0) on .29
 
     @torch.no_grad()
     def fit_noise_floor(self, x, rare=10):
         """Set `noise_floor` (C,H,K) from series x (n,C,L). Call in eval mode.
 
-        Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess of
-        |stft(x)|^2 over |stft(x^)|^2 in the cells of bin h that hold code k. A code with few cells,
-        about `rare` (> 0) of them, is drawn towards the median of its bin's codes (the mean would
-        pass one outlier on to all of them).
+        Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess, if
+        positive, of |stft(x)|^2 over |stft(x^)|^2: in the cells of bin h with code k, and in `rare`
+        more at the median of the bin's codes (their mean would pass one outlier on to all).
         """
         K = len(self.quantizer.codebook)
         total = torch.zeros_like(self.noise_floor)
@@ -234,8 +232,7 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> white noise (B,C,L), in each column as strong as in its quietest bin."""
-        # white noise is as strong in all bins, so the quietest bounds it
+        """s (B,N) -> white noise (B,C,L): alike in all bins, so a column's quietest bounds it."""
         bins = torch.arange(self.grid[0], device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
         deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
