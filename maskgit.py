@@ -98,6 +98,7 @@ def guided(prior, y=None, scale=1.0):
     class-conditional one; above 1 the class shows more and variety less.
     """
     def logits_fn(s_M):
+        """s_M (B,N) -> logits (B,N,K)."""
         if y is None or scale == 1:
             return prior(s_M, y)
         l_class, l_null = prior(s_M, y), prior(s_M)

@@ -159,21 +159,19 @@ def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     score are of series in the test split's. fid_real: of one half of the test split from the
     other; fewer series, so no lower bound.
     """
-    fcn = train_fcn(d.x_train, d.y_train, len(d.classes), fcn_steps, "real")
-    real = data.in_batches(fcn[:-1], d.x_test)
+    train = partial(train_fcn, n_classes=len(d.classes), n_steps=fcn_steps)
+    fcn = train(d.x_train, d.y_train, name="real")
+    x_in_shares = x[rows_in_shares_of(d.y_test, y, len(d.classes))]
+    real, rec, gen = (data.in_batches(fcn[:-1], v) for v in (d.x_test, x_rec, x_in_shares))
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
     figures = {}
-    for name, sample, train_x, train_y in (
-        ("real", d.x_test, d.x_train, d.y_train),
-        ("reconstructed", x_rec, x_train_rec, d.y_train),
-        ("generated", x[rows_in_shares_of(d.y_test, y, len(d.classes))], x, y),
+    for name, judge, features, pair in (
+        ("real", fcn, real, halves),
+        ("reconstructed", train(x_train_rec, d.y_train, name="reconstructed"), rec, (real, rec)),
+        ("generated", train(x, y, name="generated"), gen, (real, gen)),
     ):
-        is_real = name == "real"
-        judge = fcn if is_real else train_fcn(train_x, train_y, len(d.classes), fcn_steps, name)
-        features = real if is_real else data.in_batches(fcn[:-1], sample)
-        a, b = halves if is_real else (real, features)
         is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
-        figures[f"fid_{name}"] = frechet_distance(a, b)
+        figures[f"fid_{name}"] = frechet_distance(*pair)
         figures[f"inception_{name}"] = inception_score(data.in_batches(fcn[-1], features))
         figures[f"cas_{name}"] = is_right.float().mean().item()
     return figures
