@@ -640,7 +640,7 @@ def check_pair(stage1, stage2, run):
     """Refused where stage 2 has learned tokens of another stage 1, or of other data."""
     same_codes = torch.equal(stage1["model"]["quantizer.codebook"], stage2["codebook"])
     if not same_codes or stage1["digest"] != stage2.get("digest"):
-        raise Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train it anew")
+        raise Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train stage 2 anew")
 
 
 def rebuild(kind, state, device):

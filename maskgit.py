@@ -28,8 +28,8 @@ SCHEDULES = {
     "cosine": lambda r: torch.cos(math.pi / 2 * r),
     "linear": lambda r: 1 - r,
 }
-# for speed: on CPUs with bfloat16 the layers compute in it (HAS_BF16 = False: fp32), and without
-# flash attention, whose backward pass is slow in it
+# for speed: on CPUs with bfloat16 the layers compute in it, without flash attention, whose backward
+# pass is slow in it; HAS_BF16 = False is fp32
 HAS_BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 ATTENTION = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
 ATTENTION += [] if HAS_BF16 else [SDPBackend.FLASH_ATTENTION]
@@ -59,8 +59,8 @@ def masked_cross_entropy(logits, s, is_masked):
 class MaskGIT(nn.Module):
     """Bidirectional transformer over a class token and N tokens: s_M (B,N), y (B) -> (B,N,K).
 
-    n_classes: 0 for unlabelled data; as a label it stands for none. label_dropout: probability that
-    a label is hidden, in training only, which makes guidance and unconditional sampling possible.
+    n_classes: 0 for unlabelled data. label_dropout: probability that a label is hidden, in training
+    only, which makes guidance and unconditional sampling possible. The label n_classes means none.
     """
 
     def __init__(self, K, N, n_classes=0, width=128, n_layers=4, n_heads=4, label_dropout=0.2):
@@ -80,6 +80,7 @@ class MaskGIT(nn.Module):
             nn.init.normal_(table, std=0.02)
 
     def forward(self, s_M, y=None):
+        # follow-up: the class is an input, too, where the text has s_M alone
         if y is None:
             y = torch.full_like(s_M[:, 0], self.no_class)
         if self.training:  # fix: public code hides labels while sampling, too
@@ -137,6 +138,7 @@ def decode(logits_fn, s_M, mask_id, n_steps=10, temperature=1.0, choice_temperat
         log_p = logits_fn(s_M).log_softmax(-1)
         drawn = draw(log_p, temperature)
         score = log_p_of(drawn, log_p)
+        # follow-up: noise, where the text keeps the most confident (4.5: MaskGIT's code)
         score = score + choice_temperature * (1 - t / n_steps) * gumbel_like(score)
         # floor, as MaskGIT's code (its paper: ceil); float64, as fp32 rounds some counts down by 1
         gamma = SCHEDULES["cosine"](torch.tensor(t / n_steps, dtype=torch.float64))
@@ -155,8 +157,8 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
     anew: those lowest in margin plus Gumbel noise times choice_temperature. The margin is the
     token's log-probability plus the entropy of its distribution: below 0 where the token is less
     likely than a draw is on average; so what is uncertain anyway is not singled out, which would
-    cost variety. It is of the pass of the round before (in the first: 0), in which an entry that
-    was not masked sees itself, too.
+    cost variety. It is of the pass of the round before, in which an entry that was not masked sees
+    itself, too; the first round has none and masks at random.
     """
     # addition: MaskGIT never looks back; without (--rounds 0) .06 fewer series are well-formed
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)
@@ -171,7 +173,8 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
 
 @torch.no_grad()
 def nll_bound(logits_fn, s, mask_id):
-    """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats.
+    """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats; p is
+    given what logits_fn is given.
 
     With n_masked, uniform on 1..N, random entries masked, N/n_masked times their summed
     cross-entropy is, on average, the negative log-likelihood of generating one entry at a time,

@@ -240,7 +240,7 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     of_test = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
     figures = {"novelty": nearest_distance(x, d.x_train) / of_test}
     if figures["novelty"] < 0.8:
-        print("these series stay close to the training series; a larger --shift makes newer ones")
+        print("these series stay close to those of training; a larger --shift there may help")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and vqvae.L == 128 and name in ("synthetic", "TwoPatterns", "TwoPatterns.npz"):

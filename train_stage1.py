@@ -40,7 +40,7 @@ def flags():
     add("--dataset", default="synthetic", help="synthetic, a UCR name, or a path to an .npz")
     add("--data-dir", default="data", help="where UCR files are, or are put when downloaded")
     add("--augment", nargs="+", choices=data.AUGMENTATIONS, metavar="NAME",
-        default=["window_warp", "amplitude_resize"],
+        default=["window_warp", "amplitude_resize"],  # follow-up: one of its two pairs
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)}")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
         help="addition: series are shifted by up to this many columns; 0 is without")
@@ -113,13 +113,13 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
 
     # z_q -> Y -> Z and z' -> Y' -> Z'
     z_q_ssl = z_q  # follow-up: one view is x itself (with two the probe is .96 instead of 1.00)
-    if views == 2:  # thesis: x'', distorted too; it also moves the codes, but without commitment
+    if views == 2:  # thesis: x'', distorted too; its z'' moves the codes, but has no commitment
         z_q_ssl, _, _ = model.quantizer(encoder(model.stft(data.augment(x, augmentations))))
     # follow-up: Y pools z_q (straight-through: the loss moves z, and the codes follow) and Y' pools
-    # z', where the text has both alike: both of z, the probe of the tokens is .72 instead of 1.00;
-    # ours: the mean alone, where the follow-up adds the maximum
-    Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))
-    Z, Z_view = project(Y), project(Y_view)
+    # z'. The text has both alike: with both of z, the probe of the tokens is .72 instead of 1.00.
+    # Ours: the mean alone, where the follow-up has mean and maximum side by side
+    Y, Y_view = z_q_ssl.mean((2, 3)), z_view.mean((2, 3))  # (B,D)
+    Z, Z_view = project(Y), project(Y_view)  # (B,F)
     ssl_terms = ssl(Z, Z_view)
 
     terms |= {"view_mse_x": view_mse_x, "view_mse_u": view_mse_u} | ssl_terms
@@ -129,7 +129,7 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
 
 
 def nearest_neighbours(Y_train, y_train, Y_test, k=5):
-    """Labels by majority of the k nearest training rows (fewer if there are fewer)."""
+    """Labels (m) of Y_test (m,D) by majority of the k nearest of Y_train (n,D), or of all n."""
     def vote(Y):
         nearest = torch.cdist(Y, Y_train).topk(min(k, len(Y_train)), largest=False).indices
         return F.one_hot(y_train[nearest]).sum(1).argmax(1)

@@ -118,8 +118,8 @@ if __name__ == "__main__":
         if args.epochs:
             args.steps = args.epochs * max(1, round(n / B))
         # addition: the tokens of shifted series are learned, too, of at most nine shifts. Without
-        # (--shift 0) the prior knows the training series by heart: novelty of SmoothSubspace is .39
-        # (with shifts in both stages: .96)
+        # (--shift 0) the prior knows the training series by heart: the novelty of SmoothSubspace is
+        # .39 without shifts in both stages, .96 with
         farthest = math.ceil(args.shift * vqvae.stride)  # up, as a column may have 2 samples only
         shifts = torch.linspace(-farthest, farthest, min(2 * farthest, 8) + 1).round().tolist()
         s_train = torch.stack([  # (shifts,n,N)

@@ -150,7 +150,7 @@ class VQVAE(nn.Module):
     L >= n_fft >= 2 hop. `grid` is (H',W'), `stride` the samples of a column.
     """
 
-    # follow-up: D, K, the decay, and the weight 1 of the commitment loss
+    # follow-up: D, K, and the weight 1 of the commitment loss
     def __init__(self, L, C=1, D=64, K=32, n_fft=8, hop=2, decay=0.9, n_blocks=4, columns=8):
         super().__init__()
         self.L, self.n_fft, self.hop = L, n_fft, hop
@@ -165,7 +165,7 @@ class VQVAE(nn.Module):
             if i:
                 down += [nn.BatchNorm2d(D), nn.ReLU()]
             down += [nn.Conv2d(channels, D, **along_time)]
-            odd = (0, W // 2**i % 2)  # a halving drops an odd width's last column: put it back
+            odd = (0, W // 2**i % 2)  # a halving drops an odd width's last frame: put it back
             upsample = nn.ConvTranspose2d(D, channels, output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), upsample, *up]
         down = down or [nn.Conv2d(2 * C, D, 3, padding=1)]  # short series: no halving
@@ -232,7 +232,7 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> white noise (B,C,L): alike in all bins, so a column's quietest bounds it."""
+        """s (B,N) -> white noise (B,C,L) of a column's lowest floor, as it is alike in all bins."""
         bins = torch.arange(self.grid[0], device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
         deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
