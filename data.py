@@ -461,6 +461,7 @@ def one_line_errors():
 def number(kind, low, high=math.inf):
     """argparse type for an int or float in [low, high]."""
     def convert(text):
+        """The number in text, if it is in range."""
         value = kind(text)
         if not low <= value <= high or value == math.inf:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -539,6 +540,7 @@ def replayed(step, device, eager=False):
         return step
 
     def calls():
+        """The outputs of step, call by call."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         for _ in range(3):  # real steps, which also set up what a capture may not
             stream.wait_stream(torch.cuda.current_stream())

@@ -173,12 +173,12 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
 
 @torch.no_grad()
 def nll_bound(logits_fn, s, mask_id):
-    """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats; p is
-    given what logits_fn is given.
+    """One-draw estimate (B) of an upper bound on -log p(s) of each row of s (B,N), in nats.
 
-    With n_masked, uniform on 1..N, random entries masked, N/n_masked times their summed
-    cross-entropy is, on average, the negative log-likelihood of generating one entry at a time,
-    averaged over all orders, which bounds that of the mixture of orders (Uria et al. 2014).
+    p is conditioned on what logits_fn is, as on labels. With n_masked, uniform on 1..N, random
+    entries masked, N/n_masked times their summed cross-entropy is, on average, the negative
+    log-likelihood of generating one entry at a time, averaged over all orders, which bounds that of
+    the mixture of orders (Uria et al. 2014).
     """
     B, N = s.shape
     n_masked = torch.randint(1, N + 1, (B,), device=s.device)
