@@ -153,12 +153,12 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
            choice_temperature=0.5):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
-    Round i, from 0, masks round(share (1 - i/n_rounds) n) of the n entries not given and draws them
-    anew: those lowest in margin plus Gumbel noise times choice_temperature. The margin is the
-    token's log-probability plus the entropy of its distribution: below 0 where the token is less
-    likely than a draw is on average; so what is uncertain anyway is not singled out, which would
-    cost variety. It is of the pass of the round before, in which an entry that was not masked sees
-    itself, too; the first round has none and masks at random.
+    Round i, from 0, masks the round(share (1 - i/n_rounds) n) of the n entries not given that are
+    lowest in margin plus Gumbel noise times choice_temperature, and draws them anew. The margin is
+    the token's log-probability plus the entropy of its distribution: below 0 where the token is
+    less likely than a draw is on average; so what is uncertain anyway is not singled out, which
+    would cost variety. It comes from the pass of the round before, in which an entry that was not
+    masked sees itself, too; the first round has none and masks at random.
     """
     # addition: MaskGIT never looks back; without (--rounds 0) .06 fewer series are well-formed
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)

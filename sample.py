@@ -6,8 +6,8 @@
 
 Leaves in the run folder: metrics.json; samples.png and samples.npz (x (n,C,L) in the data's own
 units, class names y (n), "" without one, s (n,N)), or imputed.npz (x (n,10,C,END-START)).
-Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here, on the data set's
-own training split; so their values compare with each other, not with those of other weights.
+Notation as in vqvae.py and maskgit.py. The metrics' networks are trained here; so their values
+compare with each other, not with those of other weights.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def flags():
         default=["window_warp", "amplitude_resize"],  # follow-up: one of its two pairs
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)}")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="addition: series are shifted by up to this many columns; 0 is without")
+        help="addition: shift series by up to this many columns, rounded up; 0 is without")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
     add("--columns", type=data.number(int, 2, 4096), default=8,
