@@ -62,8 +62,8 @@ class Dataset(NamedTuple):
 # ---- the embedded data set ----------------------------------------------------------------------
 
 
-def two_patterns(n, generator, L=128):
-    """n series of the TwoPatterns process: x (n,1,L), y (n) in 0..3.
+def two_patterns(n, generator):
+    """n series of the TwoPatterns process: x (n,1,128), y (n) in 0..3.
 
     A series holds two patterns, each `up` (-5 then +5) or `down` (+5 then -5), of independent
     length 16..32, flat, in place of a N(0,1) background; it is then z-normalised (ddof 1). Classes:
@@ -72,12 +72,12 @@ def two_patterns(n, generator, L=128):
     y = torch.randint(4, (n,), generator=generator)
     l1, l2 = torch.randint(16, 33, (2, n), generator=generator)
     u1, u2 = torch.rand(2, n, generator=generator, dtype=torch.float64)
-    t1 = (u1 * (L - l1 - l2)).long()
-    t2 = t1 + l1 + (u2 * (L - l1 - l2 - t1)).long()
-    x = torch.randn(n, L, generator=generator)
-    t = torch.arange(L)
+    t1 = (u1 * (128 - l1 - l2)).long()
+    t2 = t1 + l1 + (u2 * (128 - l1 - l2 - t1)).long()
+    x = torch.randn(n, 128, generator=generator)
+    t = torch.arange(128)
     for start, length, is_up in ((t1, l1, y % 2 == 1), (t2, l2, y >= 2)):
-        since = t - start[:, None]  # (n,L)
+        since = t - start[:, None]  # (n,128)
         level = torch.where(is_up, -5.0, 5.0)[:, None]
         level = torch.where(since < (length[:, None] + 1) // 2, level, -level)
         x = torch.where((since >= 0) & (since < length[:, None]), level, x)
@@ -258,6 +258,8 @@ def fetch(name, folder):
             if path.name.startswith((f"{name}_TRAIN", f"{name}_TEST")):  # a user's is kept
                 raise Refused(f"{path}: there, but not both {name}_TRAIN and {name}_TEST, of .tsv, "
                               ".txt or .ts; complete or rename them, or move this for a download")
+    if Path(name).name != name or Path(name).suffix:  # no path of a user goes into an address
+        raise Refused(f"{name}: neither a UCR name nor an .npz; save data of your own as .npz")
     failures = []
     for address in (mirror.format(name) for mirror in MIRRORS):
         try:
@@ -398,12 +400,12 @@ def window_warp(x, window=0.4, slowest=0.9, fastest=2.0):
     t = torch.where(t < start, t, torch.where(inside < start + w, inside, after)).clamp(0, end)
     left = t.long().clamp_max(L - 2)
     index = left[:, None].expand_as(x)
-    return torch.lerp(x.gather(2, index), x.gather(2, index + 1), (t - left)[:, None])
+    return torch.lerp(x.gather(2, index), x.gather(2, index + 1), (t - left)[:, None].to(x.dtype))
 
 
 def amplitude_resize(x, deviation=0.2):
     """Multiply each series by one factor from N(1, deviation^2)."""
-    return x * (1 + deviation * torch.randn(len(x), 1, 1, device=x.device))
+    return x * (1 + deviation * torch.randn_like(x[:, :1, :1]))
 
 
 def slice_and_shuffle(x, n_segments=4):

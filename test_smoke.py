@@ -436,6 +436,8 @@ def test_augmentations_and_shift():
     assert torch.equal(shuffled.sort(2).values, torch.arange(50.0).expand(64, 2, 50))
     assert (shuffled.diff() != 1).sum(2).max() == 3  # joints
     assert (data.gaussian_noise(x) - x).std().item() == pytest.approx(0.05, abs=0.005)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert data.augment(x.to(dtype), data.AUGMENTATIONS).dtype == dtype
     x = torch.arange(5).expand(5, 2, 5)
     moved = data.time_shift(x, torch.arange(-2, 3)[:, None])
     assert torch.equal(moved[:, 0], moved[:, 1]) and torch.equal(data.time_shift(x, 1)[3], moved[3])
@@ -557,6 +559,9 @@ def test_download(tmp_path, monkeypatch):
         monkeypatch.setattr(data, "MIRRORS", [f"{address}{kind}.zip"])
         with pytest.raises(data.Refused, match="Own_TRAIN.txt: there, but not both"):
             data.load("Own", tmp_path / kind)
+    for name in ("Own.csv", "my/Own"):  # is not asked for by that address
+        with pytest.raises(data.Refused, match=f"{name}: neither a UCR name nor an .npz"):
+            data.load(name, tmp_path)
 
 
 def test_what_the_scripts_share(tmp_path):

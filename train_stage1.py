@@ -43,7 +43,7 @@ def flags():
         default=["window_warp", "amplitude_resize"],  # follow-up: one of its two pairs
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)}")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="addition: shift series by up to this many columns, rounded up; 0 is without")
+        help="addition: series are shifted by up to this part of a column; 0 is without")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
     add("--columns", type=data.number(int, 2, 4096), default=8,
@@ -100,7 +100,7 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     # batch norm normalises each view by itself; its running averages take in x and x', as the loss
     # ties z' to z_q
     encoder = model.encoder
-    if views == 2:  # x is no view here: the averages are of x alone, and the views move a copy
+    if views == 2:  # x is no view here: the encoder's are of x alone, and the views move a copy
         averages = {name: v.clone() for name, v in encoder.named_buffers()}
         encoder = partial(torch.func.functional_call, encoder, averages)
 
@@ -163,7 +163,7 @@ def evaluate(model, d):
     s, s_train = (data.in_batches(model.tokenize, x) for x in (d.x_test, d.x_train))
     x_hat, x_hat_train = (data.in_batches(model.detokenize, v) for v in (s, s_train))
     codebook = model.quantizer.codebook
-    Y, Y_train = (data.in_batches(lambda v: codebook[v].mean(1), v) for v in (s, s_train))
+    Y, Y_train = (data.in_batches(lambda rows: codebook[rows].mean(1), v) for v in (s, s_train))
     counts = torch.bincount(s.flatten(), minlength=len(codebook))
     figures = {
         "test_mse": F.mse_loss(x_hat, d.x_test).item(),

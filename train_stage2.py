@@ -31,7 +31,7 @@ def flags():
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
     add("--data-dir", help="where UCR files are now (None: where they were)")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="addition: learn series shifted by up to this many columns, rounded up; 0 is without")
+        help="addition: series shifted by up to this part of a column are learned; 0 is without")
     add = parser.add_argument_group("optimisation").add_argument
     add("--schedule", choices=SCHEDULES, default="cosine",
         help="gamma(r) of training; decoding is by the cosine")

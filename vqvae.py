@@ -77,7 +77,7 @@ class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
     `codebook` (K,D) equals `sums` / `counts`, the averaged sum and number of the latents that chose
-    each code; `decay`, between 0 and 1, is the share of the old average kept a step. Counts start
+    each code; `decay`, in (0,1), is the share of the old average kept a step. Counts start
     at 0, so `revive` places all codes on the first training batch. Eval mode updates nothing.
     """
 
@@ -147,7 +147,7 @@ class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
     The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors it.
-    L >= n_fft >= 2 hop. `grid` is (H',W'), `stride` the samples of a column.
+    L >= n_fft >= 2 hop, n_fft even. `grid` is (H',W'), `stride` the samples of a column.
     """
 
     # follow-up: D, K, and the weight 1 of the commitment loss
@@ -165,7 +165,7 @@ class VQVAE(nn.Module):
             if i:
                 down += [nn.BatchNorm2d(D), nn.ReLU()]
             down += [nn.Conv2d(channels, D, **along_time)]
-            odd = (0, W // 2**i % 2)  # a halving drops an odd width's last frame: put it back
+            odd = (0, W // 2**i % 2)  # half an odd width is rounded down: add the frame back
             upsample = nn.ConvTranspose2d(D, channels, output_padding=odd, **along_time)
             up = [nn.BatchNorm2d(D), nn.ReLU(), upsample, *up]
         down = down or [nn.Conv2d(2 * C, D, 3, padding=1)]  # short series: no halving
