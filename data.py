@@ -259,7 +259,7 @@ def fetch(name, folder):
                 raise Refused(f"{path}: there, but not both {name}_TRAIN and {name}_TEST, of .tsv, "
                               ".txt or .ts; complete or rename them, or move this for a download")
     if Path(name).name != name or Path(name).suffix:  # no path of a user goes into an address
-        raise Refused(f"{name}: neither a UCR name nor an .npz; save data of your own as .npz")
+        raise Refused(f"{name}: neither an .npz nor a UCR name without folder or ending; give one")
     failures = []
     for address in (mirror.format(name) for mirror in MIRRORS):
         try:

@@ -560,7 +560,7 @@ def test_download(tmp_path, monkeypatch):
         with pytest.raises(data.Refused, match="Own_TRAIN.txt: there, but not both"):
             data.load("Own", tmp_path / kind)
     for name in ("Own.csv", "my/Own"):  # is not asked for by that address
-        with pytest.raises(data.Refused, match=f"{name}: neither a UCR name nor an .npz"):
+        with pytest.raises(data.Refused, match=f"{name}: neither an .npz nor a UCR name"):
             data.load(name, tmp_path)
 
 
