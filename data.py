@@ -104,7 +104,7 @@ def to_floats(fields, where, expected):
         try:
             values.append(to_float(field))
         except ValueError:
-            raise Refused(f"{where}, column {column}: {field.strip()[:30]!r} is no finite number; "
+            raise Refused(f"{where}, column {column}: {field[:30]!r} is no finite number; "
                           f"expected {expected}; a missing value is empty, ? or NaN") from None
     return values
 
@@ -135,7 +135,7 @@ def read_table(path):
     """UCR .tsv or .txt: numbers only, label first, tabs or else white space between them."""
     lines = text_lines(path)
     delimiter = "\t" if any("\t" in line for _, line in lines) else None
-    expected = "numbers with tabs or spaces between them, no commas, and for words a .ts or .npz"
+    expected = "numbers between spaces, or between tabs if any line has one; for words .ts or .npz"
     try:
         table = np.loadtxt([line for _, line in lines], delimiter=delimiter, comments=None,
                            converters=to_float, encoding="utf-8", ndmin=2)
@@ -180,6 +180,8 @@ def read_ts(path):
         key, value, *_ = [*line.lower().split(), ""]
         if line.lower() == "@data":
             break
+        if key == "@attribute":
+            raise Refused(f"{path}, line {i}: ARFF is not read; take the archive's .txt or .ts")
         if key in ("@timestamps", "@targetlabel") and value == "true":
             raise Refused(f"{path}, line {i}: time stamps and regression targets are not read; "
                           "take them out of header and rows")
@@ -218,15 +220,15 @@ def read_npz(path):
             arrays = [(s, file[f"x_{s}"], file.get(f"y_{s}")) for s in ("train", "test")]
     except Exception as error:  # what NumPy raises depends on the bytes
         raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
-                      "for labels, y_train, y_test by np.savez, none with objects: shorter series "
-                      "are filled up with NaN") from None
+                      "for labels, y_train, y_test by np.savez, none with objects: y.astype(str), "
+                      "and shorter series filled up with NaN") from None
     splits = []
     for split, x, y in arrays:
         x = checked_array(x, f"{path}: x_{split}")
         if y is not None:
             if y.shape != (len(x),):
                 raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each "
-                              f"of the {len(x)} rows of x_{split}")
+                              f"of the {len(x)} rows of x_{split}, in one dimension")
             y = np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y
             y = [class_name(str(v), f"{path}: y_{split}[{i}]") for i, v in enumerate(y)]
         splits.append((list(x), y))
@@ -332,8 +334,8 @@ def encode_labels(train, test, where, device):
     except ValueError:  # words
         classes = sorted(set(train))
     if unseen := sorted(set(test) - set(classes)):
-        raise Refused(f"{where}: test labels {unseen} do not occur in the training split, which "
-                      f"has {classes}; mend or remove these series")
+        raise Refused(f"{where}: test labels {unseen[:9]} do not occur in the training split, "
+                      f"which has {classes[:9]}; mend or remove these series")
     y_train, y_test = ([classes.index(name) for name in split] for split in (train, test))
     return classes, torch.tensor(y_train, device=device), torch.tensor(y_test, device=device)
 

@@ -518,6 +518,7 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     ("7" + ROW[1:] + "8" + ROW[1:], r"test labels \['1', '2'\] do not occur .* \['7', '8'\]"),
     (TS.replace("@data\n", ""), "TRAIN.ts: no line '@data'"),
     (TS + "1,2,3:4,5:a\n", r"line 4: channels of lengths \[3, 2\]"),
+    ("@attribute a0 numeric\n" + TS, "TRAIN.ts, line 1: ARFF is not read"),
     (TS + "1,2:3,4\n", "TRAIN.ts, line 4: '3,4' stands where the header announces a label"),
     (TS.replace("data\n", "data "), "TRAIN.ts: no line '@data'"),
     ({"x_train": X.astype(object)}, "own.npz: not an .npz of plain arrays"),
