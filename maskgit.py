@@ -158,7 +158,7 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
     the token's log-probability plus the entropy of its distribution: below 0 where the token is
     less likely than a draw is on average; so what is uncertain anyway is not singled out, which
     would cost variety. It comes from the pass of the round before, in which an entry that was not
-    masked sees itself, too; the first round has none and masks at random.
+    masked sees itself, too; in the first round the Gumbel noise alone decides.
     """
     # addition: MaskGIT never looks back; without (--rounds 0) .06 fewer series are well-formed
     n, margin = (~is_given).sum(1, keepdim=True), torch.zeros(s.shape, device=s.device)

@@ -237,8 +237,7 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     """
     x_rec, x_train_rec = (to_series(vqvae, data.in_batches(vqvae.tokenize, v), noise)
                           for v in (d.x_test, d.x_train))
-    of_test = nearest_distance(x_rec, d.x_train) or 1.0  # 0 where all series are alike
-    figures = {"novelty": nearest_distance(x, d.x_train) / of_test}
+    figures = {"novelty": nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)}
     if figures["novelty"] < 0.8:
         print("these series stay close to those of training; a larger --shift there may help")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
