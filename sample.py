@@ -136,9 +136,9 @@ def inception_score(logits):
 
 
 def nearest_distance(x, x_train):
-    """Median distance of the x (B,C,L) to their nearest training series."""
+    """Median distance (scalar) of the x (B,C,L) to their nearest training series."""
     x, x_train = x.flatten(1), x_train.flatten(1)
-    return data.in_batches(lambda rows: torch.cdist(rows, x_train).amin(1), x).median().item()
+    return data.in_batches(lambda rows: torch.cdist(rows, x_train).amin(1), x).median()
 
 
 def rows_in_shares_of(y_test, y, n_classes):
@@ -237,8 +237,9 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     """
     x_rec, x_train_rec = (to_series(vqvae, data.in_batches(vqvae.tokenize, v), noise)
                           for v in (d.x_test, d.x_train))
-    figures = {"novelty": nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)}
-    if figures["novelty"] < 0.8:
+    novelty = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
+    figures = {"novelty": novelty.item()}
+    if novelty < 0.8:
         print("these series stay close to those of training; a larger --shift there may help")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
         figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)

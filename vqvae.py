@@ -147,7 +147,8 @@ class VQVAE(nn.Module):
     """Encoder, quantizer and decoder over the STFT of series of one length.
 
     The encoder halves time until W' is near `columns` and keeps all H bins; the decoder mirrors it.
-    L >= n_fft >= 2 hop, n_fft even. `grid` is (H',W'), `stride` the samples of a column.
+    L >= n_fft >= 2 hop, n_fft even. `grid` is (H',W'), `stride` the samples of a column, but the
+    last one also has what the halvings leave over.
     """
 
     # follow-up: D, K, and the weight 1 of the commitment loss
