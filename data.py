@@ -171,7 +171,7 @@ def read_ts(path):
     """UCR/UEA .ts: header, '@data', then rows `v1,v2,...:v1,v2,...:label`, a part for each channel.
 
     Rows have a label only after '@classLabel true'. Other lines of the header bind nothing, except
-    that time stamps and regression targets are Refused. Lines with % or # first are comments.
+    that ARFF, time stamps and regression targets are Refused. Lines with % or # first are comments.
     """
     lines = ((i, line.strip()) for i, line in text_lines(path))
     lines = ((i, line) for i, line in lines if line and line[0] not in "%#")
@@ -334,8 +334,9 @@ def encode_labels(train, test, where, device):
     except ValueError:  # words
         classes = sorted(set(train))
     if unseen := sorted(set(test) - set(classes)):
-        raise Refused(f"{where}: test labels {unseen[:9]} do not occur in the training split, "
-                      f"which has {classes[:9]}; mend or remove these series")
+        raise Refused(f"{where}: {len(unseen)} test labels {unseen[:9]} do not occur in the "
+                      f"training split, which has {len(classes)}: {classes[:9]}; mend or remove "
+                      "these series")
     y_train, y_test = ([classes.index(name) for name in split] for split in (train, test))
     return classes, torch.tensor(y_train, device=device), torch.tensor(y_test, device=device)
 
