@@ -290,7 +290,7 @@ def trim(series):
     return series[:, : np.flatnonzero(np.isfinite(series).any(0)).max(initial=-1) + 1]
 
 
-def to_array(series, where, C, L):
+def to_tensor(series, where, C, L):
     """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly."""
     x, t = np.empty((len(series), C, L)), np.linspace(0, 1, L)
     for i, one in enumerate(series):
@@ -305,19 +305,7 @@ def to_array(series, where, C, L):
     n_filled = sum(bool(np.isnan(one).any()) for one in series)
     if n_stretched or n_filled:
         print(f"{where}: {n_stretched} series stretched to {L}, {n_filled} with gaps filled")
-    return x
-
-
-def scale(x_train, x_test, where):
-    """Both splits (B,C,L) in fp32, by mean and deviation (C,1) of training, and these two."""
-    with np.errstate(all="ignore"):
-        mean, std = x_train.mean((0, 2))[:, None], x_train.std((0, 2))[:, None]
-        is_flat = np.ptp(x_train, (0, 2)) == 0
-        mean[is_flat], std[is_flat] = x_train[0, is_flat, :1], 1  # a constant channel is 0, exactly
-        x_train, x_test = (((x - mean) / std).astype(np.float32) for x in (x_train, x_test))
-    if not all(np.isfinite(v).all() for v in (x_train, x_test, std)):
-        raise Refused(f"{where}: values beyond fp32 even when scaled; rescale or mend them")
-    return x_train, x_test, mean, std
+    return torch.from_numpy(x)
 
 
 def encode_labels(train, test, where, device):
@@ -378,8 +366,13 @@ def load(name="synthetic", folder="data", device="cpu", expected=None):
     C, L = len(train[0]), max(one.shape[1] for one in train)
     if L < 8:
         raise Refused(f"{name}: series of {L} samples; take longer ones, as the STFT needs 8")
-    arrays = to_array(train, f"{name}, train", C, L), to_array(test, f"{name}, test", C, L)
-    x_train, x_test, mean, std = (torch.tensor(v, device=device) for v in scale(*arrays, name))
+    splits = to_tensor(train, f"{name}, train", C, L), to_tensor(test, f"{name}, test", C, L)
+    std, mean = (v[:, None] for v in torch.std_mean(splits[0], (0, 2), correction=0))  # (C,1)
+    std[splits[0].amax((0, 2)) == splits[0].amin((0, 2))] = 1  # so that a constant channel is 0
+    x_train, x_test = (((x - mean) / std).float() for x in splits)
+    if not all(v.isfinite().all() for v in (x_train, x_test, std)):
+        raise Refused(f"{name}: values beyond fp32 even when scaled; rescale or mend them")
+    x_train, x_test, mean, std = (v.to(device) for v in (x_train, x_test, mean, std))
     classes, y_train, y_test = encode_labels(y_train, y_test, name, device)
     return Dataset(x_train, y_train, x_test, y_test, classes, mean, std, digest)
 

@@ -130,11 +130,10 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
 
 def nearest_neighbours(Y_train, y_train, Y_test, k=5):
     """Labels (m) of Y_test (m,D) by majority of the k nearest of Y_train (n,D), or of all n."""
-    def vote(Y):
-        nearest = torch.cdist(Y, Y_train).topk(min(k, len(Y_train)), largest=False).indices
-        return F.one_hot(y_train[nearest]).sum(1).argmax(1)
-
-    return data.in_batches(vote, Y_test)
+    k = min(k, len(Y_train))
+    nearest = data.in_batches(
+        lambda Y: torch.cdist(Y, Y_train).topk(k, largest=False).indices, Y_test)  # (m,k)
+    return F.one_hot(y_train[nearest]).sum(1).argmax(1)
 
 
 def linear_probe(Y_train, y_train, Y_test, penalty=1.0):
