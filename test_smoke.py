@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def refused(capsys, message, name, *flags, code=1):
         assert said == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.fullmatch(rf"{name}\.py: .*(?:{message}).*", said), said
+
+
+def watched(monkeypatch, owner, name):
+    """The calls of owner.name from now on, as (arguments, result)."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(
+        (args, function(*args, **kwargs))) or calls[-1][1])
+    return calls
 
 
 def there(path):
@@ -142,7 +151,8 @@ def test_stft_round_trip():
     assert torch.allclose(vqvae.istft(u, 150, n_fft=16, hop=4)[:, 0], x, atol=1e-6)
 
 
-@pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (140, 8), (128, 32), (500, 3), (1024, 8)])
+@pytest.mark.parametrize("L, columns", [(8, 8), (24, 8), (26, 4), (140, 8), (128, 32), (500, 3),
+                                        (1024, 8)])
 def test_shapes_the_plain_autoencoder_and_eval(L, columns):
     model, x = vqvae.VQVAE(L, C=2, K=8, columns=columns), torch.randn(3, 2, L)
     twin, (H, W) = copy.deepcopy(model), model.grid
@@ -154,6 +164,8 @@ def test_shapes_the_plain_autoencoder_and_eval(L, columns):
     z_q, *rest = twin.quantizer(twin.encoder(twin.stft(x)))
     assert same((x_hat, u_hat, s, commitment), (*twin.decode(z_q), *rest))
     assert z_q.shape == (3, 64, H, W) and s.shape == (3, H * W) and x_hat.shape == x.shape
+    assert u_hat.shape == model.stft(x).shape
+    model.quantizer.counts[0] = 0  # unused, but not revived in eval mode
     before = copy.deepcopy(model.eval().state_dict())
     x_hat, _, s, _ = model(10 * x)
     assert torch.equal(model.tokenize(10 * x), s)
@@ -186,13 +198,14 @@ def test_quantizer_by_hand():
     quantizer, latents = vqvae.VectorQuantizer(K=3, D=2), torch.randn(60, 2)
     quantizer.revive(latents)  # the first batch places every code
     assert (quantizer.codebook[:, None] == latents).all(2).any(1).all()
-    quantizer.counts[:] = torch.tensor([30.0, 0.0, 20.0])
+    quantizer.counts[:] = torch.tensor([30.0, 0.1, 0.3])  # below and above 1 % of 20
     quantizer.sums[:] = quantizer.codebook * quantizer.counts[:, None]
     used = quantizer.codebook[[0, 2]].clone()
     quantizer.codebook[1] = 99.0
     quantizer.revive(latents)
     revived = quantizer.codebook[1].clone()
-    assert (latents == revived).all(1).any() and quantizer.counts.tolist() == [30, 20, 20]
+    assert (latents == revived).all(1).any()
+    assert torch.equal(quantizer.counts, torch.tensor([30, 20, 0.3]))
     assert torch.equal(quantizer.codebook[[0, 2]], used)
     quantizer.update(latents, torch.zeros(60, dtype=torch.long))  # nothing chooses code 1
     quantizer.revive(latents)
@@ -298,6 +311,8 @@ def test_known_values_and_full_precision():
         assert same([*halved.values()], [*rounded.values()])
     for f in LOSSES.values():
         assert same([*f(Z2=Z2, Z1=Z1).values()], [*f(Z1, Z2).values()])
+        dead = (Z1 * (torch.arange(64) > 0)).requires_grad_()  # one feature has no variance
+        assert torch.autograd.grad(sum(f(dead, Z2).values()), dead)[0].isfinite().all()
     twins, z = (vqvae.VectorQuantizer(8, 4), vqvae.VectorQuantizer(8, 4)), torch.randn(9, 4, 5, 2)
     for twin, is_inside in zip(twins, (False, True)):  # the averages, too
         torch.manual_seed(1)
@@ -319,6 +334,16 @@ def test_iternorm():
     assert few.grad.isfinite().all()
     Z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ssl_losses.IterNorm(4, group_size=2).double(), Z)
+    Z, identity = torch.randn(20, 128, dtype=torch.float64), torch.eye(64, dtype=torch.float64)
+    layer = ssl_losses.IterNorm(128).double()
+    for U, out in zip((Z - Z.mean(0)).split(64, 1), layer(Z).split(64, 1)):
+        S, P = U.T @ U / 20 + 1e-5 * identity, identity
+        for _ in range(5):
+            P = (3 * P - P @ P @ P @ S / S.trace()) / 2
+        assert torch.allclose(out, U @ P / S.trace().sqrt(), rtol=1e-8)
+    assert torch.allclose(layer.running_mean.flatten(), 0.1 * Z.mean(0))
+    widths = [W.shape for W in ssl_losses.projector(8, 64).parameters() if W.ndim == 2]
+    assert widths == [(64, 8), (64, 64), (64, 64)]
 
 
 # ---- maskgit.py ---------------------------------------------------------------------------------
@@ -343,7 +368,7 @@ def test_masked_share_and_loss_of_masked_tokens_only(schedule, share):
 
 
 @pytest.mark.parametrize("T", [8, 50])
-def test_decoding_follows_the_schedule_and_keeps_what_is_known(T):
+def test_decoding_follows_the_schedule_and_keeps_what_is_known(T, monkeypatch):
     s_M = torch.randint(K, (9, 40)).masked_fill(torch.rand(9, 40) < 0.7, K)
     s_M[0], s_M[1], canvases = K, 2, []  # all to do, and nothing
     logits_fn = lambda s_M: canvases.append(s_M) or torch.randn(9, 40, K)
@@ -356,6 +381,11 @@ def test_decoding_follows_the_schedule_and_keeps_what_is_known(T):
         assert torch.equal((canvases[t] == K).sum(1), left.long())
         was_known = canvases[t - 1] != K
         assert torch.equal(canvases[t][was_known], canvases[t - 1][was_known])
+    calls = watched(monkeypatch, maskgit, "lowest")
+    maskgit.decode(lambda s_M: torch.zeros(400, 40, K), torch.full((400, 40), K), K, n_steps=8)
+    for t, ((score, _), _) in enumerate(calls, 1):  # Gumbel noise has deviation pi / sqrt(6)
+        expected = 4.5 * (1 - t / 8) * math.pi / 6**0.5
+        assert score[score.isfinite()].std().item() == pytest.approx(expected, rel=0.1, abs=1e-5)
 
 
 def test_revising_redraws_a_falling_share_and_what_is_improbable():
@@ -376,6 +406,11 @@ def test_revising_redraws_a_falling_share_and_what_is_improbable():
     revised = maskgit.revise(logits_fn, s, none_given, K, n_rounds=2, share=0.5)
     is_wrong = (seen[0] != K) & (s != target)
     assert is_wrong.any() and (seen[1][is_wrong] == K).all() and torch.equal(revised, target)
+    s, seen, logits = torch.zeros(9, 10, dtype=torch.long), [], torch.zeros(9, 10, K)
+    logits[:, 5:] = torch.tensor([0.3, 0.7, 0, 0, 0, 0]).log()  # margin -.59, of the others 0
+    logits_fn = lambda s_M: seen.append(s_M) or logits
+    maskgit.revise(logits_fn, s, s > 0, K, n_rounds=2, share=0.2, choice_temperature=0.0)
+    assert (seen[1] == K).sum(1).eq(1).all() and not (seen[1] == K)[:, :5].any()
 
 
 def test_guidance_labels_and_priors_that_are_sure_or_know_nothing(monkeypatch):
@@ -402,6 +437,26 @@ def test_guidance_labels_and_priors_that_are_sure_or_know_nothing(monkeypatch):
     assert (maskgit.nll_bound(sure_of(s), s, K) == 0).all()
     bound = maskgit.nll_bound(lambda s_M: 0 * logits, s, K)  # of a uniform prior
     assert torch.allclose(bound, torch.full((3,), 20 * math.log(K)))
+    bare, s_M = maskgit.MaskGIT(6, 8, width=16, n_layers=0), torch.randint(7, (2, 8))
+    h = F.layer_norm(bare.tokens(s_M) + bare.positions[1:], (16,))
+    assert torch.allclose(bare(s_M), h @ bare.tokens.weight[:6].T, rtol=0.02, atol=0.002)
+    p = torch.tensor([0.1, 0.2, 0.7])
+    share = maskgit.draw(p.log().expand(1, 20000, 3), 2.0)[0].bincount() / 20000
+    assert torch.allclose(share, p.sqrt() / p.sqrt().sum(), atol=0.02)
+
+
+def test_the_bound_masks_any_number_and_knows_the_label():
+    seen, s = [], torch.zeros(6000, 3, dtype=torch.long)
+    maskgit.nll_bound(lambda s_M: seen.append(s_M) or torch.zeros(6000, 3, K), s, K)
+    share = (seen[0] == K).sum(1).bincount(minlength=4) / 6000
+    assert torch.allclose(share, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]), atol=0.03)
+    # a prior that is sure of code 0 where the label is 1, and knows nothing of others
+    prior = lambda s_M, y=None: 1e9 * F.one_hot(torch.zeros_like(s_M), K) * y[:, None, None]
+    prior.mask_id, y = K, (torch.arange(12) >= 3).long()
+    nats, error = train_stage2.bound(prior, s[:12], y)
+    of_a_row = 3 * math.log(K) * (1.0 - y)
+    assert nats == pytest.approx(of_a_row.mean().item())
+    assert error == pytest.approx(of_a_row.std(correction=0).item() / 12**0.5)
 
 
 # ---- data.py ------------------------------------------------------------------------------------
@@ -430,12 +485,22 @@ def test_augmentations_and_shift():
     warped = data.window_warp(line)
     assert warped[..., 0].max() < 1e-5 and warped[..., -1].min() > 1 - 1e-5
     assert (warped.diff() > 0).all() and not torch.allclose(warped, line, atol=0.02)
+    assert torch.equal(warped[:, 0], warped[:, 1]) and len(warped.unique(dim=0)) == 64
+    slope = 49 * warped.diff()  # at speed v: .6 v + .4 in the window, .6 + .4 / v outside
+    for value, expected in ((slope.amin(), 0.8), (slope.amax(2).min(), 1), (slope.amax(), 1.6)):
+        assert value.item() == pytest.approx(expected, abs=0.06)
     ratio = data.amplitude_resize(x) / x
-    assert torch.allclose(ratio, ratio[:, :1, :1].expand_as(x), rtol=1e-3) and ratio.std() > 0.1
+    assert torch.allclose(ratio, ratio[:, :1, :1].expand_as(x), rtol=1e-3)
+    assert ratio.mean().item() == pytest.approx(1, abs=0.08)
+    assert ratio[:, 0, 0].std().item() == pytest.approx(0.2, abs=0.05)
     shuffled = data.slice_and_shuffle(torch.arange(50.0).expand(64, 2, 50))
     assert torch.equal(shuffled.sort(2).values, torch.arange(50.0).expand(64, 2, 50))
     assert (shuffled.diff() != 1).sum(2).max() == 3  # joints
-    assert (data.gaussian_noise(x) - x).std().item() == pytest.approx(0.05, abs=0.005)
+    assert (data.gaussian_noise(x) - x).std(0).mean().item() == pytest.approx(0.05, abs=0.005)
+    torch.manual_seed(1)
+    view = data.augment(x, ["gaussian_noise", "amplitude_resize"])
+    torch.manual_seed(1)
+    assert torch.equal(view, data.amplitude_resize(data.gaussian_noise(x)))
     for dtype in (torch.float64, torch.bfloat16):
         assert data.augment(x.to(dtype), data.AUGMENTATIONS).dtype == dtype
     x = torch.arange(5).expand(5, 2, 5)
@@ -504,6 +569,8 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     assert np.allclose(d.x_test * d.std + d.mean, x[:5], rtol=0, atol=1e-5)  # an offset survives
     d = data.load(arrays(tmp_path, np.full((7, 16), 1e25 / 3), x[:1, 0]))  # whose mean is rounded
     assert d.x_train.eq(0).all() and d.mean == 1e25 / 3 and d.std == 1
+    assert data.load(arrays(tmp_path, X[:, :8], X)).x_test.shape == (6, 1, 8)  # training's length
+    assert data.trim(np.array([[1, 2, np.nan], [1, np.nan, np.nan]])).shape == (2, 2)
     last = X[:, None].repeat(30, 1) * 1e39  # (6,30,10), beyond fp32
     assert data.load(arrays(tmp_path, last, last)).x_train.abs().max() < 5
     assert "30 channels of 10 samples; if it is (N,L,C)" in capsys.readouterr().out
@@ -572,6 +639,9 @@ def test_what_the_scripts_share(tmp_path):
     data.report(tmp_path, "stage1", {"mse": math.inf, "knn": 0.5})
     data.report(tmp_path, "stage2", {"nats": math.nan})
     assert figures(tmp_path) == {"stage1": {"mse": None, "knn": 0.5}, "stage2": {"nats": None}}
+    log = [{"step": 2}]
+    data.record({"loss": torch.tensor(6.0)}, log, 5, tmp_path / "log")
+    assert log[1] == {"step": 5, "loss": 2}  # a mean of three steps
     # a file is written whole or not at all
     path = tmp_path / "new" / "file"
     data.write(path, b"old")
@@ -663,6 +733,86 @@ def test_probes_and_metrics_by_hand():
     half = torch.cat([x[:30], torch.randn(28, 1, 128), 0 * x[:1], math.nan * x[:1]])
     scores = sample.two_patterns_scores(x, y, half, y)
     assert scores["well_formed_reconstructed"] == 1 and scores["well_formed_generated"] == 0.5
+    assert sample.two_patterns_scores(x, (y + 1) % 4, x, y)["well_formed_reconstructed"] == 0
+    a, b = torch.randn(2, 40, 3, dtype=torch.float64) @ torch.randn(2, 3, 3).double()
+    S_a, S_b, between = a.T.cov(), b.T.cov(), a.mean(0) - b.mean(0)  # S_a and S_b do not commute
+    of_root = torch.linalg.eigvals(S_a @ S_b).real.sqrt().sum()
+    expected = between.square().sum() + S_a.trace() + S_b.trace() - 2 * of_root
+    assert sample.frechet_distance(a, b) == pytest.approx(expected.item())
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp()
+    assert sample.inception_score(p.log()) == pytest.approx(expected.item())
+    a, b = torch.tensor([1.0, 2, 3, 4]), torch.tensor([3.0, 4, 5, 6])
+    assert sample.ks_distance(a, b) == sample.ks_distance(b, a) == 0.5
+
+
+def fitted(n=7, n_test=5):
+    """A VQ-VAE whose codes are placed, and n + n_test random series of three classes."""
+    x, y, model = torch.randn(n + n_test, 1, 32), torch.arange(n + n_test) % 3, vqvae.VQVAE(32, K=8)
+    model(x[:n])
+    return model.eval(), data.Dataset(x[:n], y[:n], 2 * x[n:], y[n:], [*"abc"], 0, 1, "")
+
+
+def test_each_figure_is_of_its_split(monkeypatch):
+    (model, d), probes = fitted(), watched(monkeypatch, train_stage1, "linear_probe")
+    found = train_stage1.evaluate(model, d)
+    s_train, s = model.tokenize(d.x_train), model.tokenize(d.x_test)
+    for name, x, tokens in (("train_mse", d.x_train, s_train), ("test_mse", d.x_test, s)):
+        error = F.mse_loss(model.detokenize(tokens), x).item()
+        assert found[name] == pytest.approx(error, rel=1e-4)
+    assert found["codes_used"] == len(s.unique()) / 8
+    assert found["perplexity"] == pytest.approx(vqvae.perplexity(s.flatten().bincount()).item())
+    Y_train, Y = (model.quantizer.codebook[tokens].mean(1) for tokens in (s_train, s))
+    low, high = Y_train.amin(0), Y_train.amax(0)
+    ((features, y_train, features_test), labels), = probes
+    for v, w in ((features, Y_train), (features_test, Y)):
+        assert torch.allclose(v, 2 * (w - low) / (high - low) - 1, atol=1e-4)
+    is_right = (labels == d.y_test).float()
+    assert y_train is d.y_train and found["linear_probe"] == is_right.mean().item()
+    for x, novelty in ((model.detokenize(s), 1), (d.x_train, 0)):
+        found = sample.evaluate(model, d, x, None, 0.0, 1, "")
+        assert found["novelty"] == pytest.approx(novelty, abs=1e-3)
+
+
+def test_each_classifier_learns_its_own_series(monkeypatch):
+    (_, d), taught = fitted(60, 4), watched(monkeypatch, sample, "train_fcn")
+    x_rec, x_train_rec, x = (torch.randn(n, 1, 32) for n in (4, 60, 30))
+    y = torch.tensor([0, 1, 2, 0, 0] * 6)
+    found = sample.scores(d, x_rec, x_train_rec, x, y, 2)
+    (real, of_rec, of_x), pairs = (fcn for _, fcn in taught), [args for args, _ in taught]
+    assert same(sum(pairs, ()), (d.x_train, d.y_train, x_train_rec, d.y_train, x, y))
+    in_shares = x[sample.rows_in_shares_of(d.y_test, y, 3)]
+    for name, v, fcn in (("reconstructed", x_rec, of_rec), ("generated", in_shares, of_x)):
+        fid = sample.frechet_distance(real[:-1](d.x_test), real[:-1](v))
+        assert found[f"fid_{name}"] == pytest.approx(fid, rel=1e-4)
+        score = sample.inception_score(real(v))
+        assert found[f"inception_{name}"] == pytest.approx(score, rel=1e-4)
+        is_right = (fcn(d.x_test).argmax(1) == d.y_test).float()
+        assert not fcn.training and found[f"cas_{name}"] == is_right.mean().item()
+
+
+def test_what_is_given_is_kept_and_what_is_hidden_is_not_seen(monkeypatch, tmp_path):
+    seen, s_M = [], torch.randint(K, (300, 20)).masked_fill(torch.rand(300, 20) < 0.5, K)
+    nothing = lambda s_M, y=None: seen.append(s_M) or torch.zeros(*s_M.shape, K)
+    s = sample.generate(nothing, K, None, s_M, 2, 1.0, 1.0, 3)
+    assert torch.equal(s[s_M < K], s_M[s_M < K]) and s.max() < K
+    assert len(seen) == 3 * (2 + 3) and all((canvas == K).any() for canvas in seen)
+    y = torch.randint(K, (300,))  # each row by its own label
+    label = lambda s_M, y=None: 1e9 * F.one_hot(y[:, None].expand_as(s_M), K).float()
+    s = sample.generate(label, K, y, torch.full((300, 4), K), 2, 1.0, 1.0, 1)
+    assert torch.equal(s, y[:, None].expand(-1, 4))
+    (model, d), drawn = fitted(), watched(monkeypatch, sample, "generate")
+    nothing = lambda s_M, y=None: torch.zeros(*s_M.shape, 8)
+    for stretch, columns in (((10, 20), [2, 3, 4, 5]), ((31, 32), [7]), ((3, 4), [1])):
+        args = SimpleNamespace(impute=stretch, n=5, steps=1, temperature=1, rounds=1, noise=0.0)
+        for added in (0, 7):
+            d.x_test[..., slice(*stretch)] += added
+            sample.impute(tmp_path, model, nothing, d, args)
+        before, s_M = (arguments[3] for arguments, _ in drawn[-2:])
+        of_a_series = s_M.view(5, 10, *model.grid)
+        assert torch.equal(s_M, before) and (of_a_series == of_a_series[:, :1]).all()
+        is_touched = torch.isin(torch.arange(8), torch.tensor(columns))
+        assert torch.equal(of_a_series == 8, is_touched.expand_as(of_a_series))
 
 
 def test_muon():
@@ -712,12 +862,38 @@ def test_a_step_of_each_stage_and_decoding_stay_on_their_device(name):
 
 
 @pytest.mark.parametrize("ssl", SSL)
-def test_end_to_end(ssl, small, tmp_path):
-    run = tmp_path / "run"
-    script("train_stage1", "--run", run, "--dataset", small, "--ssl", ssl, *TINY1, *SAVE)
+def test_end_to_end(ssl, small, tmp_path, monkeypatch):
+    run, shifts = tmp_path / "run", watched(monkeypatch, data, "time_shift")
+    ran = script("train_stage1", "--run", run, "--dataset", small, "--ssl", ssl, *TINY1, *SAVE)
     assert re.findall(r'"step": (\d)', (run / "stage1.jsonl").read_text()) == ["3", "4"]
+    model, project, last_rate = ran["model"], ran["project"], 5e-3 * data.one_cycle(3 / 4)
+    assert same(weights(run / "stage1.pt"), [*model.state_dict().values()])
+    assert not model.training and model.noise_floor.any()
+    assert isinstance([*project.modules()][-1], ssl_losses.IterNorm) == (ssl == "vbcreg")
+    by = torch.cat([by for (_, by), _ in shifts[:4]])  # a shift for each row
+    assert by.shape == (4 * 16, 1) and by.unique().tolist() == [-1, 0, 1]
+    learned = [*model.parameters(), *project.parameters()]
+    assert {*ran["optimizer"].state} == {*learned}
+    assert torch.nn.utils.get_total_norm([W.grad for W in learned]) < 1.0001  # clipped
+    assert ran["optimizer"].param_groups[0]["lr"].item() == pytest.approx(last_rate)
+    passes = watched(monkeypatch, maskgit.MaskGIT, "forward")
     ran = script("train_stage2", "--run", run, *TINY2)
     assert same(weights(run / "stage1.pt"), [*ran["vqvae"].state_dict().values()])  # frozen
+    d, tokenize, passes = ran["d"], ran["vqvae"].tokenize, [args[1:] for args, _ in passes]
+    assert len(passes) == 4 + 2 and all((s_M == 32).any(1).all() for s_M, _ in passes)
+    s_train = torch.stack([tokenize(data.time_shift(d.x_train, by)) for by in (-1, 0, 1)], 1)
+    for s_M, y in passes[:4]:  # what is known and the label are of one series
+        fits = (s_M[:, None, None] == s_train) | (s_M == 32)[:, None, None]  # (B,n,shifts,N)
+        assert (fits.all(3).any(2) & (d.y_train == y[:, None])).any(1).all()
+    for (s_M, y), x, labels in zip(passes[4:], (d.x_test, d.x_train), (d.y_test, d.y_train)):
+        is_known = s_M == tokenize(x).repeat(2, 1)  # the bound's, two draws of a row
+        assert (is_known | (s_M == 32)).all() and torch.equal(y, labels.repeat(2))
+    by_muon = [W for group in ran["muon"].param_groups for W in group["params"]]
+    assert len(by_muon) == 4 * 4 and {*by_muon} < {*ran["prior"].layers.parameters()}
+    for optimizer in (ran["muon"], ran["adamw"]):
+        rates = [group["lr"].item() for group in optimizer.param_groups]
+        assert optimizer.state and rates == pytest.approx([last_rate] * len(rates))
+    assert not ran["prior"].training
     script("sample", "--run", run, "--n", 7)
     assert {path.name for path in run.iterdir()} == FILES
     drawn, metrics = samples(run), figures(run)
@@ -866,6 +1042,9 @@ def test_sampling(small, finished, tmp_path):
         script("sample", "--run", run, "--n", 8, *flags.split())
         drawn.append(samples(run)["x"])
         assert np.array_equal(drawn[0], drawn[-1]) == (flags == ""), flags
+    torch.save(torch.load(run / "stage1.pt") | {"shares": [0.8, 0.2, 0.0]}, run / "stage1.pt")
+    script("sample", "--run", run, "--n", 300, "--steps", 1, "--rounds", 0)
+    assert (samples(run)["y"] == "0").mean() == pytest.approx(0.8, abs=0.08)
     (run / "stage2.pt").unlink()
     script("sample", "--run", run, "--n", 200, "--prior", "uniform", "--rounds", 1)
     share = np.bincount(samples(run)["s"].ravel(), minlength=32) / (200 * 40)
