@@ -777,7 +777,7 @@ def test_each_figure_is_of_its_split(monkeypatch):
 def test_each_classifier_learns_its_own_series(monkeypatch):
     (_, d), taught = fitted(60, 4), watched(monkeypatch, sample, "train_fcn")
     x_rec, x_train_rec, x = (torch.randn(n, 1, 32) for n in (4, 60, 30))
-    y = torch.tensor([0, 1, 2, 0, 0] * 6)
+    y = torch.tensor([0] * 18 + [1, 2] * 6)
     found = sample.scores(d, x_rec, x_train_rec, x, y, 2)
     (real, of_rec, of_x), pairs = (fcn for _, fcn in taught), [args for args, _ in taught]
     assert same(sum(pairs, ()), (d.x_train, d.y_train, x_train_rec, d.y_train, x, y))
