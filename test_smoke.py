@@ -880,6 +880,7 @@ def test_end_to_end(ssl, small, tmp_path, monkeypatch):
     ran = script("train_stage2", "--run", run, *TINY2)
     assert same(weights(run / "stage1.pt"), [*ran["vqvae"].state_dict().values()])  # frozen
     d, tokenize, passes = ran["d"], ran["vqvae"].tokenize, [args[1:] for args, _ in passes]
+    assert ran["shifts"] == [-1, 0, 1]
     assert len(passes) == 4 + 2 and all((s_M == 32).any(1).all() for s_M, _ in passes)
     s_train = torch.stack([tokenize(data.time_shift(d.x_train, by)) for by in (-1, 0, 1)], 1)
     for s_M, y in passes[:4]:  # what is known and the label are of one series
