@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,8 +74,12 @@ def refused(capsys, message, name, *flags, code=1):
 def watched(monkeypatch, owner, name):
     """The calls of owner.name from now on, as (arguments, result)."""
     calls, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(
-        (args, function(*args, **kwargs))) or calls[-1][1])
+
+    def watch(*args, **kwargs):
+        calls.append((args, function(*args, **kwargs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, watch)
     return calls
 
 
@@ -368,7 +372,7 @@ def test_masked_share_and_loss_of_masked_tokens_only(schedule, share):
 
 
 @pytest.mark.parametrize("T", [8, 50])
-def test_decoding_follows_the_schedule_and_keeps_what_is_known(T, monkeypatch):
+def test_decoding_follows_the_schedule_and_keeps_what_is_known(T):
     s_M = torch.randint(K, (9, 40)).masked_fill(torch.rand(9, 40) < 0.7, K)
     s_M[0], s_M[1], canvases = K, 2, []  # all to do, and nothing
     logits_fn = lambda s_M: canvases.append(s_M) or torch.randn(9, 40, K)
@@ -381,8 +385,14 @@ def test_decoding_follows_the_schedule_and_keeps_what_is_known(T, monkeypatch):
         assert torch.equal((canvases[t] == K).sum(1), left.long())
         was_known = canvases[t - 1] != K
         assert torch.equal(canvases[t][was_known], canvases[t - 1][was_known])
+
+
+def test_draws_have_their_probability_and_the_noise_of_their_scores_fades(monkeypatch):
+    p = torch.tensor([0.1, 0.2, 0.7])
+    share = maskgit.draw(p.log().expand(1, 20000, 3), 2.0)[0].bincount() / 20000
+    assert torch.allclose(share, p.sqrt() / p.sqrt().sum(), atol=0.02)
     calls = watched(monkeypatch, maskgit, "lowest")
-    maskgit.decode(lambda s_M: torch.zeros(400, 40, K), torch.full((400, 40), K), K, n_steps=8)
+    maskgit.decode(partial(sample.uniform, K), torch.full((400, 40), K), K, n_steps=8)
     for t, ((score, _), _) in enumerate(calls, 1):  # Gumbel noise has deviation pi / sqrt(6)
         expected = 4.5 * (1 - t / 8) * math.pi / 6**0.5
         assert score[score.isfinite()].std().item() == pytest.approx(expected, rel=0.1, abs=1e-5)
@@ -440,14 +450,11 @@ def test_guidance_labels_and_priors_that_are_sure_or_know_nothing(monkeypatch):
     bare, s_M = maskgit.MaskGIT(6, 8, width=16, n_layers=0), torch.randint(7, (2, 8))
     h = F.layer_norm(bare.tokens(s_M) + bare.positions[1:], (16,))
     assert torch.allclose(bare(s_M), h @ bare.tokens.weight[:6].T, rtol=0.02, atol=0.002)
-    p = torch.tensor([0.1, 0.2, 0.7])
-    share = maskgit.draw(p.log().expand(1, 20000, 3), 2.0)[0].bincount() / 20000
-    assert torch.allclose(share, p.sqrt() / p.sqrt().sum(), atol=0.02)
 
 
 def test_the_bound_masks_any_number_and_knows_the_label():
     seen, s = [], torch.zeros(6000, 3, dtype=torch.long)
-    maskgit.nll_bound(lambda s_M: seen.append(s_M) or torch.zeros(6000, 3, K), s, K)
+    maskgit.nll_bound(lambda s_M: seen.append(s_M) or sample.uniform(K, s_M), s, K)
     share = (seen[0] == K).sum(1).bincount(minlength=4) / 6000
     assert torch.allclose(share, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]), atol=0.03)
     # a prior that is sure of code 0 where the label is 1, and knows nothing of others
@@ -793,7 +800,7 @@ def test_each_classifier_learns_its_own_series(monkeypatch):
 
 def test_what_is_given_is_kept_and_what_is_hidden_is_not_seen(monkeypatch, tmp_path):
     seen, s_M = [], torch.randint(K, (300, 20)).masked_fill(torch.rand(300, 20) < 0.5, K)
-    nothing = lambda s_M, y=None: seen.append(s_M) or torch.zeros(*s_M.shape, K)
+    nothing = lambda s_M, y=None: seen.append(s_M) or sample.uniform(K, s_M)
     s = sample.generate(nothing, K, None, s_M, 2, 1.0, 1.0, 3)
     assert torch.equal(s[s_M < K], s_M[s_M < K]) and s.max() < K
     assert len(seen) == 3 * (2 + 3) and all((canvas == K).any() for canvas in seen)
@@ -802,12 +809,12 @@ def test_what_is_given_is_kept_and_what_is_hidden_is_not_seen(monkeypatch, tmp_p
     s = sample.generate(label, K, y, torch.full((300, 4), K), 2, 1.0, 1.0, 1)
     assert torch.equal(s, y[:, None].expand(-1, 4))
     (model, d), drawn = fitted(), watched(monkeypatch, sample, "generate")
-    nothing = lambda s_M, y=None: torch.zeros(*s_M.shape, 8)
-    for stretch, columns in (((10, 20), [2, 3, 4, 5]), ((31, 32), [7]), ((3, 4), [1])):
-        args = SimpleNamespace(impute=stretch, n=5, steps=1, temperature=1, rounds=1, noise=0.0)
+    flags = sample.flags().parse_args
+    for stretch, columns in (("10:20", [2, 3, 4, 5]), ("31:32", [7]), ("3:4", [1])):
+        args = flags(["--impute", stretch, *"--n 5 --steps 1 --rounds 1 --noise 0".split()])
         for added in (0, 7):
-            d.x_test[..., slice(*stretch)] += added
-            sample.impute(tmp_path, model, nothing, d, args)
+            d.x_test[..., slice(*args.impute)] += added
+            sample.impute(tmp_path, model, partial(sample.uniform, 8), d, args)
         before, s_M = (arguments[3] for arguments, _ in drawn[-2:])
         of_a_series = s_M.view(5, 10, *model.grid)
         assert torch.equal(s_M, before) and (of_a_series == of_a_series[:, :1]).all()
@@ -1043,7 +1050,7 @@ def test_sampling(small, finished, tmp_path):
         script("sample", "--run", run, "--n", 8, *flags.split())
         drawn.append(samples(run)["x"])
         assert np.array_equal(drawn[0], drawn[-1]) == (flags == ""), flags
-    torch.save(torch.load(run / "stage1.pt") | {"shares": [0.8, 0.2, 0.0]}, run / "stage1.pt")
+    spoil(run / "stage1.pt", "shares", 0, 2.25)  # of .35 .325 .325; so the first has .8
     script("sample", "--run", run, "--n", 300, "--steps", 1, "--rounds", 0)
     assert (samples(run)["y"] == "0").mean() == pytest.approx(0.8, abs=0.08)
     (run / "stage2.pt").unlink()

@@ -67,6 +67,11 @@ class ResidualBlock(nn.Module):
         return z + self.layers(z)
 
 
+def no_autocast(device):
+    """Context without autocast, as codes are chosen and averaged in full precision."""
+    return torch.autocast(device.type.replace("meta", "cpu"), enabled=False)  # meta has none
+
+
 class VectorQuantizer(nn.Module):
     """Nearest-code quantizer, learned by moving averages (VQ-VAE, appendix A.1).
 
@@ -84,7 +89,7 @@ class VectorQuantizer(nn.Module):
 
     def distances(self, z):
         """Squared Euclidean distance of each latent to each code: (B,D,H',W') -> (B,N,K), fp32."""
-        with torch.autocast(z.device.type.replace("meta", "cpu"), enabled=False):
+        with no_autocast(z.device):
             z = rearrange(z.float(), "b d h w -> b (h w) d")
             cross = z @ self.codebook.T
             return z.square().sum(-1, keepdim=True) - 2 * cross + self.codebook.square().sum(-1)
@@ -108,7 +113,7 @@ class VectorQuantizer(nn.Module):
     def update(self, latents, s):
         """One moving-average step from latents (B*N,D) and the tokens s (B*N) that they chose."""
         chosen = F.one_hot(s, len(self.codebook)).to(latents.dtype)  # (B*N,K)
-        with torch.autocast(s.device.type.replace("meta", "cpu"), enabled=False):
+        with no_autocast(latents.device):
             sums = chosen.T @ latents
         self.counts.lerp_(chosen.sum(0), 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
