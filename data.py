@@ -89,7 +89,7 @@ def two_patterns(n, generator):
 
 
 def to_float(field):
-    """The number in a field, NaN where it is empty, '?' or NaN. ValueError if there is none."""
+    """A field's finite number, NaN where it is empty, '?' or NaN; else ValueError."""
     value = float("nan" if field.strip() in ("", "?") else field)
     # float() also takes 1_1 for 11, and digits of other scripts
     if "_" in field or not field.isascii() or math.isinf(value):
@@ -291,7 +291,7 @@ def trim(series):
 
 
 def to_tensor(series, where, C, L):
-    """A split's trimmed (C,l) series -> (B,C,L): gaps filled, lengths stretched, both linearly."""
+    """A split's trimmed (C,l) series -> (B,C,L): gaps filled, resampled to L, both linearly."""
     x, t = np.empty((len(series), C, L)), np.linspace(0, 1, L)
     for i, one in enumerate(series):
         present = np.isfinite(one)
@@ -301,15 +301,15 @@ def to_tensor(series, where, C, L):
                           "complete it")
         own_t = np.linspace(0, 1, one.shape[1])
         x[i] = [np.interp(t, own_t[known], row[known]) for row, known in zip(one, present)]
-    n_stretched = sum(one.shape[1] != L for one in series)
+    n_resampled = sum(one.shape[1] != L for one in series)
     n_filled = sum(bool(np.isnan(one).any()) for one in series)
-    if n_stretched or n_filled:
-        print(f"{where}: {n_stretched} series stretched to {L}, {n_filled} with gaps filled")
+    if n_resampled or n_filled:
+        print(f"{where}: {n_resampled} series resampled to {L}, {n_filled} with gaps filled")
     return torch.from_numpy(x)
 
 
 def encode_labels(train, test, where, device):
-    """Class names -> classes in order, of numbers where all are, and tensors of 0..n-1, or None.
+    """Class names -> classes, sorted (as numbers if all are), and tensors of 0..n-1, or None.
 
     Refused where one split has none, or the test split a class that training has not seen.
     """
@@ -352,7 +352,7 @@ def load(name="synthetic", folder="data", device="cpu", expected=None):
 
     `synthetic`: 1000 + 4000 series of the TwoPatterns process, the same whatever the seed.
     A path that ends in .npz: one's own arrays. Else a UCR set in `folder`, downloaded when absent.
-    All series are stretched to the longest training series and scaled, in float64, by the training
+    All series are resampled to the longest training series and scaled, in float64, by the training
     split's mean and standard deviation per channel. expected: the digest that stage 1 has kept.
     """
     (train, y_train), (test, y_test), digest = read(name, Path(folder))
@@ -639,7 +639,7 @@ def restore(state, parts):
 def check_pair(stage1, stage2, run):
     """Refused where stage 2 has learned tokens of another stage 1, or of other data."""
     same_codes = torch.equal(stage1["model"]["quantizer.codebook"], stage2["codebook"])
-    if not same_codes or stage1["digest"] != stage2.get("digest"):
+    if not same_codes or stage1["digest"] != stage2["digest"]:
         raise Refused(f"{run}/stage2.pt: tokens of another stage1.pt; train stage 2 anew")
 
 
@@ -662,16 +662,16 @@ def in_batches(function, x):
     return torch.cat([function(rows) for rows in x.split(100)])
 
 
-def report(run, part, figures):
-    """Put a part's figures (stage1, stage2, samples, imputed) into metrics.json and print them."""
+def report(run, part, metrics):
+    """Put a part's metrics (stage1, stage2, samples, imputed) into metrics.json and print them."""
     path = run / "metrics.json"
     try:
         known = dict(json.loads(path.read_text())) if path.exists() else {}
     except (OSError, ValueError, TypeError):
         raise Refused(f"{path}: not figures of these scripts; move it away") from None
-    known[part] = {k: value if math.isfinite(value) else None for k, value in figures.items()}
+    known[part] = {k: value if math.isfinite(value) else None for k, value in metrics.items()}
     if None in known[part].values():
         print(f"warning: what is not finite is null in {path}; look for outliers")
     write(path, json.dumps(known, indent=2).encode())
-    shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in figures.items())
+    shown = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in metrics.items())
     print(f"{run} {part}:", ", ".join(shown))

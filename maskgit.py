@@ -153,8 +153,8 @@ def revise(logits_fn, s, is_given, mask_id, n_rounds=10, share=0.6, temperature=
            choice_temperature=0.5):
     """Draw entries of s (B,N) anew, in n_rounds of one pass each, but none where is_given (B,N).
 
-    Round i, from 0, masks the round(share (1 - i/n_rounds) n) of the n entries not given that are
-    lowest in margin plus Gumbel noise times choice_temperature, and draws them anew. The margin is
+    Round i, from 0, masks share (1 - i/n_rounds), rounded, of the entries not given, those lowest
+    in margin plus Gumbel noise times choice_temperature, and draws them anew. The margin is
     the token's log-probability plus the entropy of its distribution: below 0 where the token is
     less likely than a draw is on average; so what is uncertain anyway is not singled out, which
     would cost variety. It comes from the pass of the round before, in which an entry that was not

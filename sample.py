@@ -48,7 +48,7 @@ def flags():
     what.add_argument("--impute", type=stretch, metavar="START:END",
         help="instead, refill this stretch of n test series, without their labels")
     what.add_argument("--evaluate", action="store_true",
-        help="novelty and, of series with labels, 4 or more, FID, inception score and CAS")
+        help="novelty; of 4 or more with labels FID, inception score, CAS; TwoPatterns' shapes")
     add("--fcn-steps", type=data.number(int, 1), default=1000,
         help="training steps, of batch 64, of each classifier behind --evaluate")
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
@@ -117,7 +117,7 @@ def frechet_distance(a, b):
     """FID of features a (n,D), b (m,D): |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}).
 
     (Heusel et al. 2017.) With S = R^T R, tr (S_a S_b)^{1/2} is the nuclear norm of R_a R_b^T: real,
-    also where features are rank-deficient. NaN where features are not finite.
+    also where features are rank-deficient. n, m >= 2; NaN where features are not finite.
     """
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
@@ -142,7 +142,7 @@ def nearest_distance(x, x_train):
 
 
 def rows_in_shares_of(y_test, y, n_classes):
-    """Rows (n) of labels y (n) by which classes have the shares that they have in y_test.
+    """Row numbers (n) into y (n) that give its classes the shares they have in y_test.
 
     By systematic resampling: each row once where y has these shares already.
     """
@@ -155,29 +155,29 @@ def rows_in_shares_of(y_test, y, n_classes):
 def scores(d, x_rec, x_train_rec, x, y, fcn_steps):
     """FID, inception score and CAS of the real data, its reconstructions and generated x, y.
 
-    The labels y have the training split's class shares, which CAS learns from; FID and inception
-    score are of series in the test split's. fid_real: of one half of the test split from the
-    other; fewer series, so no lower bound.
+    CAS learns from all x, y, in the training split's class shares; FID and inception score are of
+    x resampled to the test split's. fid_real: of one half of the test split from the other; fewer
+    series, so no lower bound.
     """
     train = partial(train_fcn, n_classes=len(d.classes), n_steps=fcn_steps)
     fcn = train(d.x_train, d.y_train, name="real")
     x_in_shares = x[rows_in_shares_of(d.y_test, y, len(d.classes))]
     real, rec, gen = (data.in_batches(fcn[:-1], v) for v in (d.x_test, x_rec, x_in_shares))
     halves = real[torch.randperm(len(real), device=real.device)].chunk(2)
-    figures = {}
+    metrics = {}
     for name, judge, features, pair in (
         ("real", fcn, real, halves),
         ("reconstructed", train(x_train_rec, d.y_train, name="reconstructed"), rec, (real, rec)),
         ("generated", train(x, y, name="generated"), gen, (real, gen)),
     ):
         is_right = data.in_batches(judge, d.x_test).argmax(1) == d.y_test
-        figures[f"fid_{name}"] = frechet_distance(*pair)
-        figures[f"inception_{name}"] = inception_score(data.in_batches(fcn[-1], features))
-        figures[f"cas_{name}"] = is_right.float().mean().item()
-    return figures
+        metrics[f"fid_{name}"] = frechet_distance(*pair)
+        metrics[f"inception_{name}"] = inception_score(data.in_batches(fcn[-1], features))
+        metrics[f"cas_{name}"] = is_right.float().mean().item()
+    return metrics
 
 
-def fit_two_steps(x):
+def fit_two_patterns(x):
     """Best two flat patterns of a TwoPatterns series x (n,128), by least squares over all pairs.
 
     Returns (n,6): whether x is clean (at most 6 samples off by over half a level, at most 3 of them
@@ -218,15 +218,15 @@ def ks_distance(a, b):
 
 def two_patterns_scores(x_rec, y_rec, x, y):
     """Share of well-formed series, which are clean and of their class; KS distances of these."""
-    figures, parameters = {}, []
+    metrics, parameters = {}, []
     for name, v, labels in (("reconstructed", x_rec, y_rec), ("generated", x, y)):
-        is_clean, label, *fitted = data.in_batches(fit_two_steps, v[:, 0]).T
+        is_clean, label, *fitted = data.in_batches(fit_two_patterns, v[:, 0]).T
         is_well_formed = (is_clean == 1) & (label == labels)
-        figures[f"well_formed_{name}"] = is_well_formed.float().mean().item()
+        metrics[f"well_formed_{name}"] = is_well_formed.float().mean().item()
         parameters.append([values[is_well_formed] for values in fitted])
     for name, a, b in zip(("start", "first_length", "gap", "second_length"), *parameters):
-        figures[f"ks_{name}"] = ks_distance(a, b) if len(a) and len(b) else 1.0
-    return figures
+        metrics[f"ks_{name}"] = ks_distance(a, b) if len(a) and len(b) else 1.0
+    return metrics
 
 
 def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
@@ -238,17 +238,17 @@ def evaluate(vqvae, d, x, y, noise, fcn_steps, name):
     x_rec, x_train_rec = (to_series(vqvae, data.in_batches(vqvae.tokenize, v), noise)
                           for v in (d.x_test, d.x_train))
     novelty = nearest_distance(x, d.x_train) / nearest_distance(x_rec, d.x_train)
-    figures = {"novelty": novelty.item()}
+    metrics = {"novelty": novelty.item()}
     if novelty < 0.8:
-        print("these series stay close to those of training; a larger --shift there may help")
+        print("these series stay close to those of training; train with a larger --shift")
     if y is not None and min(len(x), len(d.x_test)) >= 4:  # FID needs 2 in each half
-        figures |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
+        metrics |= scores(d, x_rec, x_train_rec, x, y, fcn_steps)
     if y is not None and vqvae.L == 128 and name in ("synthetic", "TwoPatterns", "TwoPatterns.npz"):
-        figures |= two_patterns_scores(x_rec, d.y_test, x, y)
-    return figures
+        metrics |= two_patterns_scores(x_rec, d.y_test, x, y)
+    return metrics
 
 
-def draw_samples(run, x, y, classes, d):
+def plot_samples(run, x, y, classes, d):
     """The first channel of three generated series a class, one below the other, of at most 10
     classes; above them real ones of d, if it is not None."""
     columns = y.unique().tolist()[:10] if y is not None else [None]
@@ -339,8 +339,8 @@ if __name__ == "__main__":
 
         names = np.array(classes)[y.tolist()] if y is not None else np.full(args.n, "")
         data.write(run / "samples.npz", partial(np.savez_compressed, x=x_own, y=names, s=s.cpu()))
-        draw_samples(run, x, y, classes, d)
-        figures = {"n": args.n, "drawing_seconds": seconds}
+        plot_samples(run, x, y, classes, d)
+        metrics = {"n": args.n, "drawing_seconds": seconds}
         if d:
-            figures |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).name)
-        data.report(run, "samples", figures)
+            metrics |= evaluate(vqvae, d, x, y, args.noise, args.fcn_steps, Path(name).name)
+        data.report(run, "samples", metrics)

@@ -26,7 +26,7 @@ import torch.nn as nn
 
 @contextmanager
 def full_precision(*inputs):
-    """A block outside autocast, and for it the inputs, none of them in half precision."""
+    """A block without autocast; yields the inputs, those in half precision as fp32."""
     device = inputs[0].device.type.replace("meta", "cpu")  # the meta device has no autocast
     with torch.autocast(device, enabled=False):
         yield [v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in inputs]
@@ -121,7 +121,7 @@ class IterNorm(nn.Module):
     Within each group, P_0 = I and P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2 tends to S^{-1/2}, where S is
     the group's covariance (plus eps I) over its trace; P_T / sqrt(trace) whitens. Five steps leave
     the smallest directions partly whitened, which keeps B < group_size finite. Eval mode uses
-    running averages of mean and whitening matrix. Below, G groups of d = group_size features.
+    running averages of mean and whitening. Below, G = F/d groups of d = group_size features.
     """
 
     def __init__(self, F, group_size=64, T=5, eps=1e-5, momentum=0.1):
@@ -160,7 +160,7 @@ class IterNorm(nn.Module):
 
 
 def projector(D, F=1024, iternorm=False):
-    """Linear layers D -> F -> F -> F, batch norm and ReLU between; VbCReg ends in IterNorm."""
+    """Linear D -> F -> F -> F, batch norm, ReLU between; iternorm (VbCReg): 64 divides F."""
     layers = [nn.Linear(D, F, bias=False), nn.BatchNorm1d(F), nn.ReLU()]
     layers += [nn.Linear(F, F, bias=False), nn.BatchNorm1d(F), nn.ReLU(), nn.Linear(F, F)]
     return nn.Sequential(*layers, *([IterNorm(F)] if iternorm else []))

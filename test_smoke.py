@@ -130,7 +130,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(v, w) for v, w in zip(a, b))
 
 
-def figures(run):
+def read_metrics(run):
     """metrics.json, which must be valid JSON: no NaN or Infinity."""
     return json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)
 
@@ -474,7 +474,7 @@ def test_synthetic_set_is_like_the_real_one():
     assert d.x_train.shape == (1000, 1, 128) and len(d.x_test) == 4000 and d.classes == [*"1234"]
     assert ((d.x_train * d.std + d.mean).std(2) - 1).abs().max() < 1e-4
     x = torch.cat([d.x_train, d.x_test])[:, 0]
-    ok, label, *ours = sample.fit_two_steps(x).T
+    ok, label, *ours = sample.fit_two_patterns(x).T
     assert ok.all() and torch.equal(label, torch.cat([d.y_train, d.y_test]))
     assert [(v.min(), v.max()) for v in ours[1::2]] == [(16, 32)] * 2  # both lengths
     d = data.load("TwoPatterns", there(UCR / "TwoPatterns"))
@@ -482,7 +482,7 @@ def test_synthetic_set_is_like_the_real_one():
     for lag in (1, 2, 4, 8, 16, 32):
         a, b = ((v[:, lag:] * v[:, :-lag]).mean().item() for v in (x, x_real))
         assert a == pytest.approx(b, abs=0.02), lag
-    ok, _, *theirs = sample.fit_two_steps(x_real).T
+    ok, _, *theirs = sample.fit_two_patterns(x_real).T
     assert ok.all() and all(sample.ks_distance(a, b) < 0.05 for a, b in zip(ours, theirs))
 
 
@@ -557,7 +557,7 @@ def test_tables_and_arrays_by_hand(tmp_path, capsys):
     short = "0 NaN 4 6 8 ? 12 14 NaN NaN"  # eight samples long, two of them missing
     d = data.load("Own", table(tmp_path, f"10.0 {row}\r\n\r\n9 {short}\r\n", f"09 {row}\n10 {row}"))
     assert d.classes == ["9", "10"] and d.y_train.tolist() == [1, 0] and d.y_test.tolist() == [0, 1]
-    assert "train: 1 series stretched to 10, 1 with gaps filled" in capsys.readouterr().out
+    assert "train: 1 series resampled to 10, 1 with gaps filled" in capsys.readouterr().out
     x = [range(10)], [np.linspace(0, 14, 10)]
     assert np.allclose(d.x_train * d.std + d.mean, x, atol=1e-5)
     one, other = f"10 {row}\n", f"9 {row}\n"  # a row moved from one split to the other
@@ -645,7 +645,7 @@ def test_what_the_scripts_share(tmp_path):
     assert data.replayed(data.one_cycle, torch.device("cpu")) is data.one_cycle
     data.report(tmp_path, "stage1", {"mse": math.inf, "knn": 0.5})
     data.report(tmp_path, "stage2", {"nats": math.nan})
-    assert figures(tmp_path) == {"stage1": {"mse": None, "knn": 0.5}, "stage2": {"nats": None}}
+    assert read_metrics(tmp_path) == {"stage1": {"mse": None, "knn": 0.5}, "stage2": {"nats": None}}
     log = [{"step": 2}]
     data.record({"loss": torch.tensor(6.0)}, log, 5, tmp_path / "log")
     assert log[1] == {"step": 5, "loss": 2}  # a mean of three steps
@@ -767,7 +767,7 @@ def test_each_figure_is_of_its_split(monkeypatch):
     for name, x, tokens in (("train_mse", d.x_train, s_train), ("test_mse", d.x_test, s)):
         error = F.mse_loss(model.detokenize(tokens), x).item()
         assert found[name] == pytest.approx(error, rel=1e-4)
-    assert found["codes_used"] == len(s.unique()) / 8
+    assert found["codebook_usage"] == len(s.unique()) / 8
     assert found["perplexity"] == pytest.approx(vqvae.perplexity(s.flatten().bincount()).item())
     Y_train, Y = (model.quantizer.codebook[tokens].mean(1) for tokens in (s_train, s))
     low, high = Y_train.amin(0), Y_train.amax(0)
@@ -904,7 +904,7 @@ def test_end_to_end(ssl, small, tmp_path, monkeypatch):
     assert not ran["prior"].training
     script("sample", "--run", run, "--n", 7)
     assert {path.name for path in run.iterdir()} == FILES
-    drawn, metrics = samples(run), figures(run)
+    drawn, metrics = samples(run), read_metrics(run)
     assert drawn["x"].shape == (7, 1, 32) and drawn["s"].shape == (7, 5 * 8)
     assert np.isfinite(drawn["x"]).all() and set(drawn["y"]) <= {"0", "1", "2"}
     assert 0 <= metrics["stage1"]["linear_probe"] <= 1 and 1 <= metrics["stage1"]["perplexity"]
@@ -959,7 +959,7 @@ def test_odd_data_through_all_scripts(case, tmp_path):
     drawn, tensors = samples(run), weights(run / "stage1.pt")
     assert np.isfinite(drawn["x"]).all() and drawn["s"].shape == (8, 5 * 4)
     assert all(v.isfinite().all() for v in tensors) and (8, 64) in [v.shape for v in tensors]
-    assert (figures(run)["stage1"]["test_mse"] is None) == (case == "outliers")
+    assert (read_metrics(run)["stage1"]["test_mse"] is None) == (case == "outliers")
 
 
 def test_channels_offsets_and_no_labels_through_all_scripts(tmp_path):
@@ -1007,7 +1007,7 @@ def test_a_run_folder_is_enough_to_draw_and_data_are_known_by_their_bytes(small,
     evaluate = ("sample", "--run", run, "--n", 40, "--evaluate", "--fcn-steps", 3)
     refused(capsys, "own.npz is not the data that", *evaluate)
     script(*evaluate, "--dataset", small)
-    metrics = figures(run)["samples"]
+    metrics = read_metrics(run)["samples"]
     for of in ("real", "reconstructed", "generated"):
         assert metrics[f"fid_{of}"] >= 0 and 0 <= metrics[f"cas_{of}"] <= 1
         assert 1 <= metrics[f"inception_{of}"] <= 3 and metrics["novelty"] > 0
@@ -1037,7 +1037,7 @@ def test_sampling(small, finished, tmp_path):
         x = ((file["x_test"] - file["x_train"].mean()) / file["x_train"].std())[:6]
     for start, end in ((0, 9), (31, 32), (10, 20)):
         script("sample", "--run", run, "--n", 6, "--impute", f"{start}:{end}", "--steps", 2)
-        errors, filled = figures(run)["imputed"], samples(run, "imputed")["x"]
+        errors, filled = read_metrics(run)["imputed"], samples(run, "imputed")["x"]
         assert filled.shape == (6, 10, 1, end - start) and np.ptp(filled, 1).any()
         assert errors["mse_mean_filling"] <= errors["mse_one_filling"]
         ends = [t for t in (start - 1, end) if 0 <= t < 32]  # np.interp is flat beyond one end

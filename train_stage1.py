@@ -43,7 +43,7 @@ def flags():
         default=["window_warp", "amplitude_resize"],  # follow-up: one of its two pairs
         help=f"views are made by these in turn, of {', '.join(data.AUGMENTATIONS)}")
     add("--shift", type=data.number(float, 0, 1), default=0.25,
-        help="addition: series are shifted by up to this part of a column; 0 is without")
+        help="addition: series are shifted by up to this part of a column (rounded up); 0: without")
     add = parser.add_argument_group("model").add_argument
     add("--codebook-size", type=data.number(int, 2, 4096), default=32, help="K")
     add("--columns", type=data.number(int, 2, 4096), default=8,
@@ -55,7 +55,7 @@ def flags():
         help="loss on the two views; vibcreg is another name of vbcreg")
     add("--ssl-weight", type=data.number(float, 0), help=f"w_ssl (None: {SSL_WEIGHTS})")
     add("--views", type=int, choices=(1, 2), default=1,
-        help="1 compares x with a view of it (follow-up), 2 a view with another (thesis)")
+        help="distorted ones: 1, compared with x (follow-up), or 2 (thesis)")
     add("--proj-dim", type=data.number(int, 64, 65536), default=1024,
         help="F, with vbcreg a multiple of 64; published 4096")
     add = parser.add_argument_group("optimisation").add_argument
@@ -73,17 +73,17 @@ def replace_tokens(model, z_q, s, highest):
     p ~ U(0, highest) for each row. No reconstruction gradient reaches z where a token is replaced.
     """
     # addition: as the decoder sees some wrong tokens, neighbouring ones come to say the same. They
-    # are easier to predict and a prior's errors do less harm: without (--token-noise 0; three
-    # seeds) 60 nats a series (with: 24) and .83 well-formed (.96), but a test MSE of .060 (.086)
-    draw = torch.rand(s.shape, device=s.device)
-    is_kept = draw >= highest * torch.rand(len(s), 1, device=s.device)
+    # are easier to predict and a prior's errors do less harm: without (--token-noise 0) 60 nats a
+    # series (with: 24), .83 well-formed (.96), a test MSE of .060 (.086; three seeds, bfloat16)
+    is_kept = (torch.rand(s.shape, device=s.device)
+               >= highest * torch.rand(len(s), 1, device=s.device))
     s_random = torch.randint_like(s, len(model.quantizer.codebook))
     z_random = model.quantizer.lookup(s_random, model.grid)
     return z_q.where(is_kept.view(-1, 1, *model.grid), z_random)
 
 
 def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, token_noise=0.0):
-    """Loss of a batch x (B,C,L), its terms by name, without VIEW_WEIGHT and w_ssl, and s (B,N).
+    """Loss of x (B,C,L); its terms by name, before VIEW_WEIGHT and w_ssl; and s (B,N).
 
     ssl: a loss of ssl_losses.py, or None for the autoencoder alone; for the rest see `flags`.
     """
@@ -100,7 +100,7 @@ def stage1_loss(model, project, x, ssl, ssl_weight, augmentations, views=1, toke
     # batch norm normalises each view by itself; its running averages take in x and x', as the loss
     # ties z' to z_q
     encoder = model.encoder
-    if views == 2:  # x is no view here: the encoder's are of x alone, and the views move a copy
+    if views == 2:  # x is no view here: its averages stay the encoder's, the views move a copy
         averages = {name: v.clone() for name, v in encoder.named_buffers()}
         encoder = partial(torch.func.functional_call, encoder, averages)
 
@@ -164,22 +164,22 @@ def evaluate(model, d):
     codebook = model.quantizer.codebook
     Y, Y_train = (data.in_batches(lambda rows: codebook[rows].mean(1), v) for v in (s, s_train))
     counts = torch.bincount(s.flatten(), minlength=len(codebook))
-    figures = {
+    metrics = {
         "test_mse": F.mse_loss(x_hat, d.x_test).item(),
         "train_mse": F.mse_loss(x_hat_train, d.x_train).item(),
         "perplexity": perplexity(counts).item(),
-        "codes_used": (counts > 0).float().mean().item(),
+        "codebook_usage": (counts > 0).float().mean().item(),
     }
     if d.classes:
         low, high = Y_train.amin(0), Y_train.amax(0)
         Y_train, Y = (2 * (v - low) / (high - low).clamp_min(1e-8) - 1 for v in (Y_train, Y))
         for name, classify in (("linear_probe", linear_probe), ("knn", nearest_neighbours)):
-            figures[name] = (classify(Y_train, d.y_train, Y) == d.y_test).float().mean().item()
-    return figures
+            metrics[name] = (classify(Y_train, d.y_train, Y) == d.y_test).float().mean().item()
+    return metrics
 
 
 @torch.no_grad()
-def draw_reconstructions(run, model, d):
+def plot_reconstructions(run, model, d):
     """The first channel of six test series, evenly spaced, one below the other."""
     x = d.x_test[torch.linspace(0, len(d.x_test) - 1, 6).long()]
     below = (x[:, 0].amax() - x[:, 0].amin()).cpu() * torch.arange(6)
@@ -266,8 +266,8 @@ if __name__ == "__main__":
         shifts = torch.arange(n, device=device)[:, None] % (2 * half + 1) - half
         model.fit_noise_floor(data.time_shift(d.x_train, shifts))
         data.save(run / "stage1.pt", parts, constants, log, vars(args))
-        draw_reconstructions(run, model, d)
-        figures = evaluate(model, d)
+        plot_reconstructions(run, model, d)
+        metrics = evaluate(model, d)
         if done == 0:  # not resumed
-            figures["training_seconds"] = seconds
-        data.report(run, "stage1", figures)
+            metrics["training_seconds"] = seconds
+        data.report(run, "stage1", metrics)

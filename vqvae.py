@@ -26,7 +26,7 @@ def stft(x, n_fft=8, hop=2):
     """Short-time Fourier transform, real and imaginary parts as channels: (B,C,L) -> (B,2C,H,W).
 
     Hann window, centred frames over a reflected border, not normalised: H = n_fft/2 + 1 bins,
-    W = L//hop + 1 frames. Always fp32, as complex numbers have no half precision to rely on.
+    W = L//hop + 1 frames; L > n_fft/2. Always fp32, as complex half precision is unreliable.
     """
     window = torch.hann_window(n_fft, device=x.device)
     u = torch.stft(x.float().flatten(0, 1), n_fft, hop, window=window, return_complex=True)
@@ -36,7 +36,7 @@ def stft(x, n_fft=8, hop=2):
 def istft(u, length, n_fft=8, hop=2):
     """Inverse of `stft`: (B,2C,H,W) -> (B,C,length), as W alone leaves `hop` lengths possible.
 
-    torch.istft without its check for zero windows, which makes the CPU wait for the GPU.
+    torch.istft without its check for zero windows, a wait for the GPU: so n_fft >= 2 hop.
     """
     window = torch.hann_window(n_fft, device=u.device)[:, None]
     parts = rearrange(u.float(), "b (c part) h w -> (b c) h w part", part=2).contiguous()
@@ -209,9 +209,9 @@ class VQVAE(nn.Module):
     def fit_noise_floor(self, x, rare=10):
         """Set `noise_floor` (C,H,K) from series x (n,C,L). Call in eval mode.
 
-        Entry (c,h,k) is the deviation of white noise whose power in bin h is the mean excess, if
-        positive, of |stft(x)|^2 over |stft(x^)|^2: in the cells of bin h with code k, and in `rare`
-        more at the median of the bin's codes (their mean would pass one outlier on to all).
+        Entry (c,h,k) is the deviation of white noise whose power in bin h is the excess, if
+        positive, of |stft(x)|^2 over |stft(x^)|^2, a mean of the cells of bin h with code k and of
+        `rare` made-up ones at the median of the bin's codes (a mean passes one outlier on to all).
         """
         K = len(self.quantizer.codebook)
         total = torch.zeros_like(self.noise_floor)
@@ -232,7 +232,7 @@ class VQVAE(nn.Module):
         self.noise_floor.copy_(variance.clamp_min(0).sqrt())
 
     def noise(self, s):
-        """s (B,N) -> white noise (B,C,L) of a column's lowest floor, as it is alike in all bins."""
+        """s (B,N) -> white noise (B,C,L), alike in all bins, so of a column's lowest floor."""
         bins = torch.arange(self.grid[0], device=s.device)[:, None]
         deviation = self.noise_floor[:, bins, s.view(-1, *self.grid)]  # (C,B,H,W')
         deviation = deviation.amin(2).transpose(0, 1)  # (B,C,W')
