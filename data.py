@@ -192,8 +192,20 @@ def read_ts(path):
     return [x for x, _ in rows], [label for _, label in rows] if has_labels else None
 
 
-def checked_array(x, where):
-    """An array (N,L) or (N,C,L) as (N,C,L) float64, with a hint where it may be (N,L,C)."""
+def read_npz(path, split):
+    """One's own data, split "train" or "test": x_train (N,L) or (N,C,L) and, optional, y_train (N).
+
+    A hint is printed where x may be (N,L,C). No other array is looked at.
+    """
+    content = io.BytesIO(path.read_bytes())  # outside the try: `read` reports an OSError
+    try:
+        with np.load(content, allow_pickle=False) as file:
+            x, y = file[f"x_{split}"], file.get(f"y_{split}")
+    except Exception as error:  # what NumPy raises depends on the bytes
+        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
+                      "for labels, y_train, y_test by np.savez, none with objects: y.astype(str), "
+                      "and shorter series filled up with NaN") from None
+    where = f"{path}: x_{split}"
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
     values = x.astype(np.float64)
@@ -206,33 +218,13 @@ def checked_array(x, where):
     if x.shape[1] > x.shape[2]:
         print(f"{where} is read as (N,C,L), {x.shape[1]} channels of {x.shape[2]} samples; if it "
               "is (N,L,C), save its swapaxes(1, 2)")
-    return x
-
-
-def read_npz(path):
-    """One's own data: x_train, x_test (N,L) or (N,C,L), y_train, y_test (N) optional.
-
-    Returns (series, class names) of train and of test; no other array is looked at.
-    """
-    content = io.BytesIO(path.read_bytes())  # outside the try: `read` reports an OSError
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            arrays = [(s, file[f"x_{s}"], file.get(f"y_{s}")) for s in ("train", "test")]
-    except Exception as error:  # what NumPy raises depends on the bytes
-        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
-                      "for labels, y_train, y_test by np.savez, none with objects: y.astype(str), "
-                      "and shorter series filled up with NaN") from None
-    splits = []
-    for split, x, y in arrays:
-        x = checked_array(x, f"{path}: x_{split}")
-        if y is not None:
-            if y.shape != (len(x),):
-                raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each "
-                              f"of the {len(x)} rows of x_{split}, in one dimension")
-            y = np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y
-            y = [class_name(str(v), f"{path}: y_{split}[{i}]") for i, v in enumerate(y)]
-        splits.append((list(x), y))
-    return splits
+    if y is not None:
+        if y.shape != (len(x),):
+            raise Refused(f"{path}: y_{split} has shape {y.shape}; expected a label for each of "
+                          f"the {len(x)} rows of x_{split}, in one dimension")
+        y = np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y
+        y = [class_name(str(v), f"{path}: y_{split}[{i}]") for i, v in enumerate(y)]
+    return list(x), y
 
 
 def locate(name, folder):
@@ -338,7 +330,7 @@ def read(name, folder):
     try:
         if name.lower().endswith(".npz"):
             paths = [Path(name)]
-            train, test = read_npz(paths[0])
+            train, test = (read_npz(paths[0], split) for split in ("train", "test"))
         else:
             paths = locate(name, folder) or fetch(name, folder)
             train, test = (read_ts(p) if p.suffix == ".ts" else read_table(p) for p in paths)
@@ -469,8 +461,10 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def run_flags(parser, trains):
-    """The flags that all scripts have, and those of the two that train."""
+def command_line(description, trains):
+    """A parser with the flags that all scripts have, and those of the two that train."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("run").add_argument
     add("--run", type=Path, metavar="DIR", help="its folder (None: runs/DATASET-SSL in stage 1, "
         "then the newest below runs)")

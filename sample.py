@@ -38,8 +38,7 @@ def stretch(text):
 
 def flags():
     """The command line, one hyperparameter a line."""
-    parser = argparse.ArgumentParser(description="Generate series from a trained run.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.command_line("Generate series from a trained run.", trains=False)
     group = parser.add_argument_group("what to draw")
     add, what = group.add_argument, group.add_mutually_exclusive_group()
     add("--n", type=data.number(int, 1, 10**6), default=1000, help="series")
@@ -64,7 +63,7 @@ def flags():
         help="addition: rounds that draw improbable tokens anew; 0 is without")
     add("--noise", type=data.number(float, 0, 100), default=1.0,
         help="addition: white noise on x^, in units of that of the data; 0 is without")
-    return data.run_flags(parser, trains=False)
+    return parser
 
 
 def uniform(K, s_M, y=None):
@@ -190,12 +189,11 @@ def fit_two_patterns(x):
     total = F.pad(x.cumsum(1), (1, 0))
     fall = 2 * total[:, middle] - total[:, start] - total[:, end]  # of first half over second
     cost = length * level**2 - 2 * level * fall.abs()  # against a background of zero
-    until = torch.full_like(total, math.inf).scatter_reduce(1, end.expand_as(cost), cost, "amin")
     since = torch.full_like(total, math.inf).scatter_reduce(1, start.expand_as(cost), cost, "amin")
-    cut = until.cummin(1).values + since.flip(1).cummin(1).values.flip(1)
-    cut = cut.argmin(1, keepdim=True)
-    best = torch.stack([cost.where(end <= cut, math.inf).argmin(1),
-                        cost.where(start >= cut, math.inf).argmin(1)])[..., None]  # (2,n,1)
+    since = since.flip(1).cummin(1).values.flip(1)  # (n,129), the least that starts no earlier
+    first = (cost + since[:, end]).argmin(1, keepdim=True)
+    second = cost.where(start >= end[first], math.inf).argmin(1, keepdim=True)
+    best = torch.stack([first, second])  # (2,n,1)
     fall = fall.expand(2, -1, -1).gather(2, best)
     t = torch.arange(128, device=x.device)
     shape = fall.sign() * torch.where(t < middle[best], level, -level)  # (2,n,128)

@@ -9,7 +9,6 @@ Leaves in the run folder: stage1.pt, stage1.jsonl, metrics.json and reconstructi
 Notation as in vqvae.py and ssl_losses.py.
 """
 
-import argparse
 import math
 import time
 from functools import partial
@@ -34,8 +33,7 @@ LOG_EVERY = 100  # steps
 
 def flags():
     """The command line, one hyperparameter a line."""
-    parser = argparse.ArgumentParser(description="Train the VQ-VAE and its codebook (stage 1).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.command_line("Train the VQ-VAE and its codebook (stage 1).", trains=True)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="synthetic", help="synthetic, a UCR name, or a path to an .npz")
     add("--data-dir", default="data", help="where UCR files are, or are put when downloaded")
@@ -64,7 +62,7 @@ def flags():
         help="B, or all series where there are fewer; published 128")
     add("--lr", type=data.number(float, 0, 1), default=5e-3,
         help="highest rate of AdamW; published 1e-3")
-    return data.run_flags(parser, trains=True)
+    return parser
 
 
 def replace_tokens(model, z_q, s, highest):

@@ -9,7 +9,6 @@ Leaves in the run folder: stage2.pt, stage2.jsonl and metrics.json.
 Notation as in vqvae.py and maskgit.py.
 """
 
-import argparse
 import math
 import time
 
@@ -25,8 +24,7 @@ LOG_EVERY = 100  # steps
 
 def flags():
     """The command line, one hyperparameter a line."""
-    parser = argparse.ArgumentParser(description="Train the prior over tokens (stage 2).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.command_line("Train the prior over tokens (stage 2).", trains=True)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", help="where the data of stage 1 are now (None: where they were)")
     add("--data-dir", help="where UCR files are now (None: where they were)")
@@ -39,7 +37,7 @@ def flags():
     add("--batch-size", type=data.number(int, 1, 10**6), default=64,
         help="B, or all series where there are fewer; published 256")
     add("--lr", type=data.number(float, 0, 1), default=5e-3, help="highest rate; published 1e-3")
-    return data.run_flags(parser, trains=True)
+    return parser
 
 
 def orthogonal(G, n_iterations=5):
