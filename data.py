@@ -197,14 +197,14 @@ def read_npz(path, split):
 
     A hint is printed where x may be (N,L,C). No other array is looked at.
     """
-    content = io.BytesIO(path.read_bytes())  # outside the try: `read` reports an OSError
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            x, y = file[f"x_{split}"], file.get(f"y_{split}")
-    except Exception as error:  # what NumPy raises depends on the bytes
-        raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test and, "
-                      "for labels, y_train, y_test by np.savez, none with objects: y.astype(str), "
-                      "and shorter series filled up with NaN") from None
+    with path.open("rb") as content:  # outside the try: `read` reports an OSError
+        try:
+            with np.load(content, allow_pickle=False) as file:
+                x, y = file[f"x_{split}"], file.get(f"y_{split}")
+        except Exception as error:  # what NumPy raises depends on the bytes
+            raise Refused(f"{path}: not an .npz of plain arrays ({error}); save x_train, x_test "
+                          "and, for labels, y_train, y_test by np.savez, none with objects: "
+                          "y.astype(str), and shorter series filled up with NaN") from None
     where = f"{path}: x_{split}"
     if x.ndim not in (2, 3) or x.dtype.kind not in "iuf":
         raise Refused(f"{where} is {x.dtype} of shape {x.shape}; expected numbers (N,L) or (N,C,L)")
